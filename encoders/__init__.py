@@ -1,0 +1,1 @@
+"""Encoders: pixels, boxes, frames, ids -> tokens."""

@@ -1,0 +1,144 @@
+"""What encoders eat and give: the batch of one step and its parts.
+
+Shapes: B images, T texts (may differ from B), P patches, N image tokens, L text length, D width, K labelled positions.
+A mask is always called ``keep``: bool, True = attend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Modality = Literal["image", "text"]
+AttentionKind = Literal["full", "causal", "prefix"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """One view of a step's images. ``uint8`` pixels are normalised by the encoder, floats are taken as they are."""
+
+    pixels: Tensor
+    """[B, 3, H, W], uint8 in 0..255 or already normalised float."""
+    keep: Tensor | None = None
+    """[B, P] bool, patches that hold image (None = all)."""
+    masked: Tensor | None = None
+    """[B, P] bool, patches to replace by the mask token (None = none)."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """One view of a step's texts: what a masked, causal or prefix text is, with its own labels and attention."""
+
+    ids: Tensor
+    """[T, L] int64."""
+    keep: Tensor
+    """[T, L] bool, False at padding."""
+    attention: AttentionKind = "full"
+    prefix: Tensor | None = None
+    """[T] int64, tokens of each text that all tokens may see (attention "prefix")."""
+    segments: Tensor | None = None
+    """[T, L] int64 segment ids (None = all zero)."""
+    positions: Tensor | None = None
+    """[T, L] int64 position ids (None = counted from zero)."""
+    labels: Tensor | None = None
+    """[T, L] int64 targets, -100 where there is none. A causal view's labels are already shifted."""
+    label_at: Tensor | None = None
+    """[K] int64 flat positions t * L + l of the labels, padded with -1 to a multiple of 8 (no boolean indexing)."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What an encoder gives."""
+
+    states: Tensor
+    """[B, N, D]."""
+    keep: Tensor | None
+    """[B, N] bool; None = all attended."""
+    pooled: Tensor
+    """[B, D], one vector for the whole input."""
+    layers: tuple[Tensor, ...] | None = None
+    """Hidden states of every layer, on request."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's input on one rank. Texts may be more than images; either may be missing."""
+
+    images: Mapping[str, Images] = field(default_factory=dict)
+    """By view: "clean", "masked"."""
+    texts: Mapping[str, Texts] = field(default_factory=dict)
+    """By view: "clean", "masked", "causal", "prefix" or "objective:name"."""
+    image_of_text: Tensor | None = None
+    """[T] int64 index of each text's image, or [T, I] where a text has I images (NLVR2)."""
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+    """What tasks need, by name; every tensor's first axis is texts."""
+    image_id: Tensor | None = None
+    """[B] int64; equal ids mark the same image (or concept)."""
+    caption_id: Tensor | None = None
+    """[T] int64 hash of the caption; equal ids mark the same words."""
+    position: Tensor | None = None
+    """[B] int64 global position of each sample in the run's data order."""
+    source: str = ""
+    seen: int = 0
+    """Samples that the run had seen before this step, over all ranks; drives ramps."""
+    counts: tuple[tuple[int, int], ...] | None = None
+    """(images, texts) of every rank's batch in this step, where they differ (the last, uneven batch)."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with every tensor on ``device``; the copies do not block."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> Batch:
+        """Return the batch with every tensor in page-locked memory."""
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+    pin_memory = pin  # the name that torch's DataLoader looks for
+
+    @property
+    def num_images(self) -> int:
+        """Images of this rank."""
+        return next(iter(self.images.values())).pixels.shape[0] if self.images else 0
+
+    @property
+    def num_texts(self) -> int:
+        """Texts of this rank."""
+        return next(iter(self.texts.values())).ids.shape[0] if self.texts else 0
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The special ids of a tokenizer, what a view needs to know of it."""
+
+    size: int
+    pad: int
+    cls: int
+    sep: int
+    mask: int | None
+    bos: int
+    """First id of a generated text."""
+    eos: int
+    """Last id of a generated text."""
+
+    @property
+    def special(self) -> frozenset[int]:
+        """Ids that are never masked and never drawn."""
+        ids = (self.pad, self.cls, self.sep, self.mask, self.bos, self.eos)
+        return frozenset(i for i in ids if i is not None)
+
+
+Tree = TypeVar("Tree")
+
+
+def _map_tensors(tree: Tree, function: Any) -> Tree:
+    """Apply ``function`` to every tensor of nested dataclasses and mappings."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {name: _map_tensors(value, function) for name, value in tree.items()}  # type: ignore[return-value]
+    if isinstance(tree, Images | Texts | Batch):
+        return replace(tree, **{f.name: _map_tensors(getattr(tree, f.name), function) for f in fields(tree)})
+    return tree

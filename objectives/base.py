@@ -1,0 +1,254 @@
+"""The vocabulary of objectives: names of passes, rows, randomness, and what an objective is.
+
+An objective declares the passes it needs by name and reads their results; it never calls an encoder.
+Shapes: B images, T texts, L text length, D width, E embedding, M fused rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from encoders.types import AttentionKind, Batch, Modality, Tokens, Vocabulary
+
+
+@dataclass(frozen=True)
+class Encode:
+    """States of one modality's tower -> :class:`Tokens`."""
+
+    modality: Modality
+    view: str = "clean"
+    teacher: bool = False
+
+
+@dataclass(frozen=True)
+class Embed:
+    """The unit-norm contrastive vector of one modality -> Tensor [B or T, E]."""
+
+    modality: Modality
+    view: str = "clean"
+    teacher: bool = False
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Image and text fused, one row per pair -> :class:`Fused`.
+
+    Without ``rows`` the pairs are the batch's own (each text with its image); with ``rows`` they are those that the
+    objective of that name gives. ``image=None`` or ``text=None`` runs the fusion with that side missing.
+    """
+
+    image: str | None = "clean"
+    text: str | None = "clean"
+    rows: str | None = None
+    branch: str | None = None
+    teacher: bool = False
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Decoder states of a text view that reads a memory -> :class:`Tokens`."""
+
+    memory: Encode | Fuse
+    text: str = "causal"
+    rows: str | None = None
+    teacher: bool = False
+
+
+Pass: TypeAlias = Encode | Embed | Fuse | Decode
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Pairs that only this step can know, by index into the step's images and texts."""
+
+    image_index: Tensor
+    """[M] int64, or [M, I] for I images per row."""
+    text_index: Tensor
+    """[M] int64."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What a fusion gives for M rows."""
+
+    image: Tokens | None
+    """Image side, states [M, N, D]; None where the fusion leaves images as they were or had none."""
+    text: Tokens | None
+    """Text side, states [M, L, D]."""
+    pooled: Tensor
+    """[M, fusion.pooled_width]."""
+
+
+class Draw:
+    """The only source of randomness in objectives and views.
+
+    Batch-level draws are keyed by (run seed, name, step, candidate group), per-sample draws by (run seed, name, sample
+    position): adding an objective changes no other's draws, and the number of ranks changes no sample's.
+    """
+
+    def __init__(self, seed: int = 0, step: int = 0, group: int = 0) -> None:
+        self.seed, self.step, self.group = seed, step, group
+
+    def sample(self, name: str, position: int) -> np.random.Generator:
+        """Return the host generator of one sample, a pure function of (seed, name, position)."""
+        return _generator(self.seed, name, position)
+
+    def uniform(self, name: str, shape: Sequence[int], device: torch.device | str, shared: bool = False) -> Tensor:
+        """Return float32 [*shape] in [0, 1); ``shared`` draws are equal in all candidate groups of the step."""
+        group = "all" if shared else self.group
+        values = _generator(self.seed, name, self.step, group).random(tuple(shape), dtype=np.float32)
+        return torch.from_numpy(values).to(device, non_blocking=True)
+
+    def categorical(self, name: str, weights: Tensor, first: int = 0, total: int | None = None) -> Tensor:
+        """Return one column per row of ``weights`` [R, C] (>= 0), drawn in proportion, int64 [R].
+
+        A column of weight zero is never drawn unless its whole row is zero (then the last column is returned and the
+        caller must leave the row out). With ``total`` the rows are rows ``first``.. of a table that all groups share.
+        """
+        rows = weights.shape[0]
+        if total is None:
+            level = self.uniform(name, (rows,), weights.device)
+        else:
+            level = self.uniform(name, (total,), weights.device, shared=True)[first : first + rows]
+        mass = weights.double().cumsum(1)
+        # Inverse of the cumulative distribution: the first column whose mass exceeds the level, which is < the total.
+        threshold = level.double()[:, None] * mass[:, -1:]
+        return (mass <= threshold).sum(1).clamp(max=weights.shape[1] - 1)
+
+    def bernoulli(self, name: str, probability: float, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        """Return bool [*shape], True with ``probability``."""
+        return self.uniform(name, shape, device) < probability
+
+
+class Replay(Draw):
+    """Stands in for :class:`Draw` in tests: returns recorded draws by name.
+
+    Raises:
+        ValueError: a draw that was not recorded is asked for.
+    """
+
+    def __init__(self, recorded: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.recorded = recorded
+
+    def _get(self, name: str) -> Tensor:
+        if name not in self.recorded:
+            raise ValueError(f"draw {name!r} was not recorded; recorded are {sorted(self.recorded)}")
+        return self.recorded[name]
+
+    def uniform(self, name: str, shape: Sequence[int], device: torch.device | str, shared: bool = False) -> Tensor:
+        return self._get(name).to(device)
+
+    def categorical(self, name: str, weights: Tensor, first: int = 0, total: int | None = None) -> Tensor:
+        return self._get(name).to(weights.device)
+
+    def bernoulli(self, name: str, probability: float, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        return self._get(name).to(device).bool()
+
+
+def _generator(*key: Any) -> np.random.Generator:
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+
+
+@dataclass(frozen=True)
+class ViewText:
+    """One text of a view, before padding."""
+
+    ids: np.ndarray
+    """[L] int64."""
+    labels: np.ndarray | None = None
+    """[L] int64, -100 where there is none."""
+    prefix: int | None = None
+
+
+class View(Protocol):
+    """How a text view is made on the host from the tokenised caption: a small frozen, picklable object."""
+
+    attention: AttentionKind
+
+    def make(self, ids: np.ndarray, word_starts: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
+             ) -> ViewText:
+        """Make the view of one text.
+
+        Args:
+            ids: [L] int64 of the clean text, with its special ids.
+            word_starts: [L] bool, True where a word begins (False at special ids and at word pieces that continue).
+            vocabulary: the tokenizer's special ids.
+            generator: keyed by (seed, view name, sample position).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What an objective gives: the mean over its own terms, and what to log beside it (detached scalars)."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What an objective may know of the model when it builds its head."""
+
+    vocabulary_size: int
+    text_width: int
+    """Width of the text states after fusion (or of the text tower without one)."""
+    pooled_width: int | None
+    """Width of ``Fused.pooled``; None without a fusion."""
+    decoder_width: int | None
+    embed_width: int | None
+    """Width of the contrastive embedding; None when no objective trains one."""
+    word_embedding: nn.Parameter | None
+    """[V, D] of the text encoder, for tied heads."""
+    fusion: str = "none"
+    fusion_attention: tuple[AttentionKind, ...] = ()
+    """Attention kinds of texts that the fusion can honour without leaking."""
+    text_eps: float = 1e-12
+
+
+class Results(dict[Pass, Any]):
+    """Results of the passes by name, with the model's temperature."""
+
+    logit_scale: Tensor | None = None
+    """[1], log of the inverse temperature."""
+
+
+class Objective(nn.Module):
+    """tokens -> loss. A subclass sets ``needs`` (and ``views``) in its constructor.
+
+    ``needs`` are the passes it reads, ``views`` how its text views are made, ``trains_embed`` whether the contrastive
+    projections get their gradient from it.
+    """
+
+    trains_embed = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.needs: frozenset[Pass] = frozenset()
+        self.views: dict[str, View] = {}
+
+    def rows(self, results: Results, batch: Batch, draw: Draw) -> dict[str, Rows]:
+        """Return the pairs of this step that its ``Fuse(rows=name)`` passes ask for, by name; embeds are ready."""
+        return {}
+
+    def count(self, batch: Batch) -> Tensor | float:
+        """Return over how many terms the loss of this batch is a mean: the weight of a rank or micro-batch."""
+        return float(batch.num_texts)
+
+    def chance(self, candidates: int) -> float | None:
+        """Return the loss of a guess from the label prior alone, with ``candidates`` pairs per step; None if unknown."""
+        return None
+
+    def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
+        raise AssertionError(f"{type(self).__name__} does not define forward")
+
+
