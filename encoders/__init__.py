@@ -1,1 +1,12 @@
-"""Encoders: pixels, boxes, frames, ids -> tokens."""
+"""Encoders: pixels, boxes, frames, ids -> tokens. One file a kind; adding one takes that file and a line here."""
+
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
+from encoders.hf_text import HfTextConfig
+from encoders.patch import PatchConfig
+from encoders.text import TextConfig
+
+VisionConfig: TypeAlias = PatchConfig
+AnyTextConfig: TypeAlias = Annotated[TextConfig | HfTextConfig, Field(discriminator="kind")]

@@ -24,7 +24,6 @@ class Encode:
 
     modality: Modality
     view: str = "clean"
-    teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,6 @@ class Embed:
 
     modality: Modality
     view: str = "clean"
-    teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,8 +45,6 @@ class Fuse:
     image: str | None = "clean"
     text: str | None = "clean"
     rows: str | None = None
-    branch: str | None = None
-    teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,6 @@ class Decode:
 
     memory: Encode | Fuse
     text: str = "causal"
-    rows: str | None = None
-    teacher: bool = False
 
 
 Pass: TypeAlias = Encode | Embed | Fuse | Decode
@@ -220,16 +214,21 @@ class Results(dict[Pass, Any]):
 
     logit_scale: Tensor | None = None
     """[1], log of the inverse temperature."""
+    rows: Mapping[str, Rows]
+    """The rows that objectives gave in this step, by name."""
+
+    def __init__(self, logit_scale: Tensor | None = None) -> None:
+        super().__init__()
+        self.logit_scale = logit_scale
+        self.rows = {}
 
 
 class Objective(nn.Module):
     """tokens -> loss. A subclass sets ``needs`` (and ``views``) in its constructor.
 
-    ``needs`` are the passes it reads, ``views`` how its text views are made, ``trains_embed`` whether the contrastive
-    projections get their gradient from it.
+    ``needs`` are the passes it reads, ``views`` how its text views are made. Its config says by class variables whether
+    the contrastive projections get their gradient from it (``trains_embed``) and whether it reads ``Fused.pooled``.
     """
-
-    trains_embed = False
 
     def __init__(self) -> None:
         super().__init__()

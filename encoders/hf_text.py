@@ -1,0 +1,89 @@
+"""`hf_text`: any transformers text encoder as it is, ids -> tokens.
+
+Shapes: T texts, L length, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from encoders.text import pool
+from encoders.types import Texts, Tokens
+from vlp.config import Config
+
+
+class HfTextConfig(Config):
+    """A transformers text encoder by folder or hub id."""
+
+    kind: Literal["hf_text"] = "hf_text"
+    model: str = ""
+    """Folder or hub id with a config.json."""
+    pretrained: bool = True
+    """Start from its weights (else from its sizes only)."""
+    architecture: dict[str, Any] = Field(default_factory=dict)
+    """The values of its config.json; filled when the model is built, so that a checkpoint needs no other folder."""
+    pool: Literal["cls", "last", "mean"] = "cls"
+    """`pooled`: the first token's state, the last real token's, or the mean of the real ones."""
+
+    def build(self) -> HfTextEncoder:
+        """Build the encoder with random weights."""
+        return HfTextEncoder(self)
+
+
+class HfTextEncoder(nn.Module):
+    """Texts -> tokens of a transformers model. Reads "full" attention only.
+
+    Raises:
+        ValueError: the model cannot be found.
+    """
+
+    bare = False
+
+    def __init__(self, config: HfTextConfig) -> None:
+        from transformers import AutoConfig, AutoModel
+
+        super().__init__()
+        if config.architecture:
+            values = dict(config.architecture)
+            theirs = AutoConfig.for_model(values.pop("model_type"), **values)
+        else:
+            try:
+                theirs = AutoConfig.from_pretrained(config.model)
+            except OSError as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"model.text.model: no transformers config at {config.model!r}: {reason}") from error
+        self.config = config.model_copy(update={"architecture": theirs.to_diff_dict() | {"model_type": theirs.model_type}})
+        self.model: Any = AutoModel.from_config(theirs, dtype=torch.float32)
+        self.width: int = theirs.hidden_size
+
+    @property
+    def word_embedding(self) -> nn.Parameter:
+        """[V, D], for tied heads."""
+        return self.model.get_input_embeddings().weight
+
+    def load_pretrained(self) -> None:
+        """Fill the weights from the folder or hub id, where the recipe asks for them."""
+        from transformers import AutoModel
+
+        if self.config.pretrained:
+            weights = AutoModel.from_pretrained(self.config.model, dtype=torch.float32).state_dict()
+            self.model.load_state_dict(weights)
+
+    def forward(self, texts: Texts, layers: bool = False) -> Tokens:
+        """Texts -> Tokens, states [T, L, D].
+
+        Raises:
+            ValueError: the view is not read with full attention (this encoder would leak the future).
+        """
+        if texts.attention != "full":
+            raise ValueError(f"model.text.kind hf_text reads full attention only, not a {texts.attention} view; "
+                             "use model.text.kind text")
+        given = {"token_type_ids": texts.segments, "position_ids": texts.positions}
+        found = self.model(input_ids=texts.ids, attention_mask=texts.keep.long(), output_hidden_states=layers,
+                           **{name: value for name, value in given.items() if value is not None})
+        states = found.last_hidden_state
+        return Tokens(states, texts.keep, pool(states, texts.keep, self.config.pool), found.hidden_states if layers else None)

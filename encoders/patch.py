@@ -1,0 +1,200 @@
+"""`patch`: any timm ViT. Pixels -> patch tokens.
+
+Shapes: B batch, P patches, N tokens (prefix tokens and patches), D width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal
+
+import timm
+import torch
+from pydantic import Field
+from timm.layers import HybridEmbed
+from torch import Tensor, nn
+
+from encoders.types import Images, Tokens
+from vlp.config import Config
+
+
+class PatchConfig(Config):
+    """A timm ViT, as it is or resized; ``depth: 0`` is the bare patch embedding of ViLT."""
+
+    kind: Literal["patch"] = "patch"
+    model: str = "vit_base_patch16_224"
+    """timm model name (`timm.list_models("*vit*")`)."""
+    pretrained: bool = False
+    """Start from timm's weights of that name (resized to the sizes below)."""
+    image_size: int = 224
+    """Side of the square input in pixels."""
+    patch_size: int | None = None
+    """Side of a patch in pixels; None = the model's own."""
+    width: int | None = None
+    """Token width; None = the model's own."""
+    depth: int | None = None
+    """Transformer blocks; None = the model's own, 0 = patch embedding with positions only."""
+    heads: int | None = None
+    """Attention heads; None = the model's own."""
+    stem: tuple[int, ...] = ()
+    """Channels of strided 3x3 convolutions in front of the patches; each halves the side, `patch_size` counts after them."""
+    class_token: bool = True
+    """Keep the class token; without it `pooled` is the mean of the patches."""
+    drop_path: float = 0.0
+    """Stochastic depth rate."""
+    mask_token: bool = False
+    """Learn a token that stands for masked patches (masked image modelling)."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means of pixels in 0..1; None = the model's own."""
+    std: tuple[float, float, float] | None = None
+    """Channel standard deviations; None = the model's own."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of timm.create_model."""
+
+    def build(self) -> PatchEncoder:
+        """Build the encoder with random weights."""
+        return PatchEncoder(self)
+
+
+class ConvStem(nn.Module):
+    """Strided 3x3 convolutions (Xiao et al. 2021, "Early convolutions help transformers see better")."""
+
+    def __init__(self, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in zip((3, *channels[:-1]), channels, strict=True):
+            layers += [nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.GroupNorm(1, after), nn.GELU()]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, channels[-1], H / 2^n, W / 2^n]."""
+        return self.layers(pixels)
+
+
+class PatchEncoder(nn.Module):
+    """Images -> tokens of a timm ViT.
+
+    Raises:
+        ValueError: timm does not know the model, or the sizes do not fit each other.
+    """
+
+    def __init__(self, config: PatchConfig) -> None:
+        super().__init__()
+        self.vit: Any = _create(config, pretrained=False)  # timm's attributes are untyped
+        native = self.vit.pretrained_cfg
+        self.config = config.model_copy(update={"mean": config.mean or tuple(native["mean"]),
+                                                "std": config.std or tuple(native["std"])})
+        self.width: int = self.vit.embed_dim
+        self.bare = config.depth == 0
+        self.register_buffer("mean", _channels(self.config.mean), persistent=False)
+        self.register_buffer("std", _channels(self.config.std), persistent=False)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.width)) if config.mask_token else None
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens of one image."""
+        return self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
+
+    def load_pretrained(self) -> None:
+        """Fill the weights with timm's, where the recipe asks for them."""
+        if self.config.pretrained:
+            self.vit.load_state_dict(_create(self.config, pretrained=True).state_dict())
+
+    def forward(self, images: Images, layers: bool = False) -> Tokens:
+        """Images -> Tokens, states [B, N, D]; with ``layers`` also every block's states."""
+        pixels = images.pixels
+        if not pixels.is_floating_point():
+            pixels = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std  # type: ignore[operator]
+        keep, mask = self._keep(images.keep)
+        hook = None
+        if images.masked is not None:
+            hook = self.vit.patch_embed.register_forward_hook(partial(self._replace_masked, images.masked))
+        try:
+            if layers:
+                found = self.vit.forward_intermediates(pixels, output_fmt="NLC", return_prefix_tokens=True, attn_mask=mask)
+                states = found[0]
+                every = tuple(torch.cat([prefix, patch], 1) for patch, prefix in found[1])
+            else:
+                states, every = self.vit.forward_features(pixels, attn_mask=mask), None
+        finally:
+            if hook is not None:
+                hook.remove()
+        return Tokens(states, keep, self._pool(states, keep), every)
+
+    def _keep(self, patches: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """[B, P] -> keep [B, N] with the prefix tokens, and its attention mask [B, 1, 1, N]."""
+        if patches is None:
+            return None, None
+        prefix = patches.new_ones(patches.shape[0], self.vit.num_prefix_tokens)
+        keep = torch.cat([prefix, patches], 1)
+        return keep, keep[:, None, None, :]
+
+    def _replace_masked(self, masked: Tensor, module: nn.Module, inputs: Any, patches: Tensor) -> Tensor:
+        if self.mask_token is None:
+            raise ValueError("images have masked patches but model.vision.mask_token is false; set it to true")
+        return torch.where(masked[:, :, None], self.mask_token, patches)
+
+    def _pool(self, states: Tensor, keep: Tensor | None) -> Tensor:
+        if self.config.class_token:
+            return states[:, 0]
+        first = self.vit.num_prefix_tokens
+        if keep is None:
+            return states[:, first:].mean(1)
+        weight = keep[:, first:, None].to(states.dtype)
+        return (states[:, first:] * weight).sum(1) / weight.sum(1)
+
+
+def _channels(values: tuple[float, ...] | None) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+
+
+def _create(config: PatchConfig, pretrained: bool) -> nn.Module:
+    wanted = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth,
+              "num_heads": config.heads}
+    arguments: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
+    arguments |= {"img_size": config.image_size, "drop_path_rate": config.drop_path, "num_classes": 0}
+    if not config.class_token:
+        arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    if config.depth == 0:
+        arguments["final_norm"] = False  # what the fusion reads are embeddings, normalised by its own blocks
+    if config.stem:
+        arguments["embed_layer"] = partial(HybridEmbed, backbone=ConvStem(config.stem))
+    try:
+        return timm.create_model(config.model, pretrained=pretrained, **(arguments | config.arguments))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise ValueError(f"model.vision.model: timm cannot build {config.model!r} with {arguments}: {error}") from error
+
+
+def rename_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the blocks of a timm ViT to those of our own stacks (``blocks.N.*``), splitting its fused qkv."""
+    names = {"norm1": "attention_norm", "norm2": "feed_norm", "attn.proj": "attention.out",
+             "mlp.fc1": "feed.up", "mlp.fc2": "feed.down"}
+    renamed = {}
+    for name, tensor in state.items():
+        if not name.startswith("blocks."):
+            continue
+        _, number, rest = name.split(".", 2)
+        layer, kind = rest.rsplit(".", 1)
+        if layer == "attn.qkv":
+            for ours, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                renamed[f"blocks.{number}.attention.{ours}.{kind}"] = part
+        elif layer in names:
+            renamed[f"blocks.{number}.{names[layer]}.{kind}"] = tensor
+    return renamed
+
+
+def load_vit(module: nn.Module, model: str) -> None:
+    """Fill ``module.blocks`` from the blocks of a pretrained timm ViT (ViLT, section 3.1).
+
+    Raises:
+        ValueError: the ViT has too few blocks or other sizes.
+    """
+    theirs = rename_vit(timm.create_model(model, pretrained=True, num_classes=0).state_dict())
+    wanted = {}
+    for name, tensor in module.state_dict().items():
+        if not name.startswith("blocks.") or ".cross" in name:
+            continue
+        if name not in theirs or theirs[name].shape != tensor.shape:
+            raise ValueError(f"init timm:{model} has no {name} of shape {tuple(tensor.shape)}; use a ViT of these sizes")
+        wanted[name] = theirs[name]
+    module.load_state_dict(wanted, strict=False)

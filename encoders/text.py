@@ -1,0 +1,219 @@
+"""`text`: our own BERT-family stack, ids -> tokens; and the one name map from transformers' BERT and RoBERTa.
+
+Shapes: T texts, L length, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from encoders.layers import Activation, Block, Cache, attention_mask, initialise
+from encoders.types import Texts, Tokens
+from vlp.config import Config
+
+
+class StackConfig(Config):
+    """Sizes that every transformer stack of ours has."""
+
+    width: int = 768
+    """Width of the states."""
+    layers: int = 12
+    """Transformer blocks."""
+    heads: int = 12
+    """Attention heads."""
+    hidden: int | None = None
+    """Width inside the feed-forward; None = 4 x width."""
+    norm: Literal["pre", "post"] = "post"
+    """Layer norm before (ViT) or after (BERT) each residual branch."""
+    activation: Activation = "gelu"
+    """Activation of the feed-forward."""
+    eps: float = 1e-12
+    """Epsilon of the layer norms."""
+    dropout: float = 0.0
+    """Dropout after each branch and on attention weights."""
+    init: str | None = None
+    """Folder or hub id of a transformers BERT or RoBERTa whose layers fill this stack."""
+
+    def block(self, cross_width: int | None = None) -> Block:
+        """Build one block of these sizes."""
+        return Block(self.width, self.heads, self.hidden or 4 * self.width, norm=self.norm, cross_width=cross_width,
+                     activation=self.activation, eps=self.eps, dropout=self.dropout)
+
+
+class TextConfig(StackConfig):
+    """A BERT-family text encoder, filled from transformers weights or built from sizes; ``layers: 0`` = bare embeddings."""
+
+    kind: Literal["text"] = "text"
+    vocabulary_size: int | None = None
+    """Rows of the word embedding; None = the tokenizer's."""
+    max_length: int = 512
+    """Rows of the position embedding: the longest text."""
+    position_offset: int = 0
+    """First position id (RoBERTa: 2)."""
+    segments: int = 2
+    """Rows of the token-type embedding; 0 = none (BLIP, CLIP)."""
+    embed_norm: bool = True
+    """Layer norm after the embeddings (BERT); off for CLIP."""
+    causal: bool = False
+    """Every text is read left to right (CLIP)."""
+    pool: Literal["cls", "last", "mean"] = "cls"
+    """`pooled`: the first token's state, the last real token's (CLIP), or the mean."""
+
+    def build(self) -> TextEncoder:
+        """Build the encoder with random weights."""
+        return TextEncoder(self)
+
+
+class TextEmbeddings(nn.Module):
+    """Word, position and segment embeddings, summed and normalised."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        if config.vocabulary_size is None:
+            raise ValueError("model.text.vocabulary_size is unknown: give it or a tokenizer")
+        self.offset, self.max_length = config.position_offset, config.max_length
+        self.word = nn.Embedding(config.vocabulary_size, config.width)
+        self.position = nn.Embedding(config.max_length + config.position_offset, config.width)
+        self.segment = nn.Embedding(config.segments, config.width) if config.segments else None
+        self.norm = nn.LayerNorm(config.width, config.eps) if config.embed_norm else nn.Identity()
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, texts: Texts, first: int = 0) -> Tensor:
+        """Texts -> [T, L, D]; ``first`` is the position of the first token (generation)."""
+        length = texts.ids.shape[1]
+        if first + length > self.max_length:
+            raise ValueError(f"texts of {first + length} tokens, but model.text.max_length is {self.max_length}; "
+                             "shorten data.max_length or raise it")
+        positions = texts.positions
+        if positions is None:
+            positions = torch.arange(first, first + length, device=texts.ids.device)[None] + self.offset
+        states = self.word(texts.ids) + self.position(positions)
+        if self.segment is not None:
+            segments = torch.zeros_like(texts.ids) if texts.segments is None else texts.segments
+            states = states + self.segment(segments)
+        return self.drop(self.norm(states))
+
+
+class TextEncoder(nn.Module):
+    """Texts -> tokens."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config, self.width, self.bare = config, config.width, config.layers == 0
+        self.embeddings = TextEmbeddings(config)
+        self.blocks = nn.ModuleList(config.block() for _ in range(config.layers))
+        self.final_norm = nn.LayerNorm(config.width, config.eps) if config.norm == "pre" and config.layers else nn.Identity()
+        initialise(self)
+
+    @property
+    def word_embedding(self) -> nn.Parameter:
+        """[V, D], for tied heads."""
+        return self.embeddings.word.weight
+
+    def load_pretrained(self) -> None:
+        """Fill embeddings and blocks from ``config.init``, where the recipe names one."""
+        if self.config.init is not None:
+            load_bert(self, self.config.init, embeddings=True)
+
+    def forward(self, texts: Texts, layers: bool = False) -> Tokens:
+        """Texts -> Tokens, states [T, L, D]; with ``layers`` also the embeddings' and every block's states."""
+        kind = "causal" if self.config.causal else texts.attention
+        states = self.embeddings(texts)
+        mask = attention_mask(texts.keep, kind, texts.prefix)
+        every = [states]
+        for block in self.blocks:
+            states = block(states, mask)
+            every.append(states)
+        states = self.final_norm(states)
+        return Tokens(states, texts.keep, pool(states, texts.keep, self.config.pool), tuple(every) if layers else None)
+
+
+def pool(states: Tensor, keep: Tensor, how: Literal["cls", "last", "mean"]) -> Tensor:
+    """[T, L, D] -> [T, D]."""
+    if how == "cls":
+        return states[:, 0]
+    if how == "last":
+        last = keep.sum(1) - 1
+        return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2]))[:, 0]
+    weight = keep[:, :, None].to(states.dtype)
+    return (states * weight).sum(1) / weight.sum(1)
+
+
+_BERT_BLOCK = (
+    (r"attention\.self\.(query|key|value)\.", r"attention.\1."),
+    (r"attention\.output\.dense\.", "attention.out."),
+    (r"attention\.output\.LayerNorm\.", "attention_norm."),
+    (r"crossattention\.self\.(query|key|value)\.", r"cross.\1."),
+    (r"crossattention\.output\.dense\.", "cross.out."),
+    (r"crossattention\.output\.LayerNorm\.", "cross_norm."),
+    (r"intermediate\.dense\.", "feed.up."),
+    (r"output\.dense\.", "feed.down."),
+    (r"output\.LayerNorm\.", "feed_norm."),
+)
+_BERT_EMBEDDINGS = (
+    (r"word_embeddings\.", "word."), (r"position_embeddings\.", "position."),
+    (r"token_type_embeddings\.", "segment."), (r"LayerNorm\.", "norm."),
+)
+
+
+def rename_bert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename transformers' BERT or RoBERTa names to ours: ``embeddings.*`` and ``blocks.N.*``; others are dropped."""
+    renamed = {}
+    for name, tensor in state.items():
+        if found := re.fullmatch(r"(?:\w+\.)?embeddings\.(.+)", name):
+            prefix, rest, rules = "embeddings.", found[1], _BERT_EMBEDDINGS
+        elif found := re.fullmatch(r"(?:\w+\.)?encoder\.layer\.(\d+)\.(.+)", name):
+            prefix, rest, rules = f"blocks.{found[1]}.", found[2], _BERT_BLOCK
+        else:
+            continue
+        for pattern, ours in rules:
+            if match := re.match(pattern, rest):
+                renamed[prefix + match.expand(ours) + rest[match.end() :]] = tensor
+                break
+    return renamed
+
+
+def load_bert(module: nn.Module, source: str, *, embeddings: bool, first: int = 0) -> None:
+    """Fill ``module.blocks`` (and ``module.embeddings``) from a transformers folder or hub id, from layer ``first`` on.
+
+    Cross-attention, which such a model does not have, keeps its initial weights.
+
+    Raises:
+        ValueError: the source has too few layers or other sizes.
+    """
+    from transformers import AutoModel
+
+    theirs = rename_bert(AutoModel.from_pretrained(source, dtype=torch.float32).state_dict())
+    wanted = {}
+    for name, tensor in module.state_dict().items():
+        if name.startswith("blocks.") and ".cross" not in name:
+            number, rest = name.removeprefix("blocks.").split(".", 1)
+            source_name = f"blocks.{int(number) + first}.{rest}"
+        elif name.startswith("embeddings.") and embeddings:
+            source_name = name
+        else:
+            continue
+        if source_name not in theirs:
+            raise ValueError(f"init {source!r} has no {source_name}; use fewer layers or another model")
+        found = theirs[source_name]
+        if name.startswith("embeddings.position"):
+            found = found[: tensor.shape[0]]
+        elif name.startswith("embeddings.segment"):
+            found = found[: tensor.shape[0]]
+        if found.shape != tensor.shape:
+            raise ValueError(f"init {source!r}: {source_name} is {tuple(found.shape)}, the recipe needs {tuple(tensor.shape)}")
+        wanted[name] = found
+    module.load_state_dict(wanted, strict=False)
+
+
+def run_cached(blocks: nn.ModuleList, caches: list[Cache], states: Tensor, mask: Tensor | None, **memory: Tensor | None
+               ) -> Tensor:
+    """Run ``blocks`` on the newest tokens, extending ``caches`` (one a block) in place."""
+    for block, cache in zip(blocks, caches, strict=True):
+        states = block(states, mask, cache=cache, **memory)
+    return states

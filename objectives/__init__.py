@@ -1,0 +1,15 @@
+"""Objectives: tokens -> loss. One file an objective; adding one takes that file and a line here."""
+
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
+from objectives.answer import AnswerConfig
+from objectives.itc import ItcConfig
+from objectives.itm import ItmConfig
+from objectives.lm import LmConfig
+from objectives.mlm import MlmConfig
+
+ObjectiveConfig: TypeAlias = Annotated[
+    ItcConfig | ItmConfig | MlmConfig | LmConfig | AnswerConfig, Field(discriminator="kind")
+]

@@ -1,0 +1,80 @@
+"""Answer classification: a fixed answer list with soft targets (VQA as in ViLT, METER, LXMERT).
+
+Shapes: T questions, A answers.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from encoders.types import Batch
+from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results
+from objectives.heads import MlpHead
+from vlp.config import Config
+
+
+class AnswerConfig(Config):
+    """Choose the answer from a list."""
+
+    kind: Literal["answer"] = "answer"
+    weight: float = 1.0
+    """Weight of this loss in the sum."""
+    answers: tuple[str, ...] = ()
+    """The answers, in the order of the head's outputs; filled from the training data when empty."""
+    loss: Literal["bce", "ce"] = "bce"
+    """`bce`: one sigmoid an answer against its soft score. `ce`: softmax against the scores normalised to one."""
+    hidden: int | None = None
+    """Width inside the head; None = 2 x pooled."""
+
+    trains_embed: ClassVar[bool] = False
+    reads_pooled: ClassVar[bool] = True
+
+    def build(self, spec: ModelSpec) -> Answer:
+        """Build the objective.
+
+        Raises:
+            ValueError: there is no fusion, or the answer list is empty.
+        """
+        if spec.pooled_width is None:
+            raise ValueError("objective answer needs a fusion, but model.fusion.kind is none; use single_stream or dual_stream")
+        if len(self.answers) < 2:
+            raise ValueError(f"objectives.answer.answers has {len(self.answers)} entries; give at least two answers")
+        return Answer(self, spec.pooled_width)
+
+
+class Answer(Objective):
+    """Classification head on the fused question. Reads ``batch.targets["answer_scores"]`` [T, A] in 0..1."""
+
+    def __init__(self, config: AnswerConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.head = MlpHead(width, len(config.answers), config.hidden)
+        self.needs = frozenset({Fuse()})
+
+    def chance(self, candidates: int) -> float | None:
+        number = len(self.config.answers)
+        if self.config.loss == "ce":
+            return float(torch.tensor(number).log())
+        # One right answer of A: the sum of A binary entropies at the prior 1 / A.
+        prior = torch.tensor(1 / number)
+        return float(-number * (prior * prior.log() + (1 - prior) * (1 - prior).log()))
+
+    def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
+        """Sum over answers (bce) or cross-entropy (ce), mean over questions."""
+        logits = self.head(results[Fuse()].pooled).float()
+        scores = batch.targets["answer_scores"].to(logits.dtype)
+        if self.config.loss == "bce":
+            loss = F.binary_cross_entropy_with_logits(logits, scores, reduction="none").sum(1).mean()
+        else:
+            loss = F.cross_entropy(logits, scores / scores.sum(1, keepdim=True).clamp(min=1e-6))
+        best = scores.gather(1, logits.detach().argmax(1, keepdim=True))
+        return LossOutput(loss, {"score": best.mean()})
+
+    def scores(self, pooled: Tensor) -> Tensor:
+        """Pooled fused vectors [M, W] -> answer probabilities [M, A]."""
+        logits = self.head(pooled).float()
+        return logits.sigmoid() if self.config.loss == "bce" else logits.softmax(1)

@@ -1,0 +1,50 @@
+"""Heads that several objectives build from. Shapes: R rows, D width, V vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from encoders.layers import ACTIVATIONS, Activation, initialise
+
+
+class VocabularyHead(nn.Module):
+    """BERT's prediction head: dense, activation, norm, then word scores by the (tied) word embedding plus a bias."""
+
+    def __init__(self, width: int, vocabulary_size: int, tied: nn.Parameter | None, *, activation: Activation = "gelu",
+                 eps: float = 1e-12) -> None:
+        super().__init__()
+        word_width = width if tied is None else tied.shape[1]
+        self.dense = nn.Linear(width, word_width)
+        self.norm = nn.LayerNorm(word_width, eps)
+        self.decoder = nn.Linear(word_width, vocabulary_size)
+        self.activation = ACTIVATIONS[activation]
+        initialise(self)
+        if tied is not None:
+            self.decoder.weight = tied
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., D] -> logits [..., V]."""
+        return self.decoder(self.norm(self.activation(self.dense(states))))
+
+
+class MlpHead(nn.Sequential):
+    """Linear, norm, GELU, Linear (ViLT's and METER's task heads)."""
+
+    def __init__(self, width: int, outputs: int, hidden: int | None = None, eps: float = 1e-5) -> None:
+        hidden = hidden or 2 * width
+        super().__init__(nn.Linear(width, hidden), nn.LayerNorm(hidden, eps), nn.GELU(), nn.Linear(hidden, outputs))
+        initialise(self)
+
+
+def labelled(states: Tensor, labels: Tensor, label_at: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the states [K, D] at labelled positions and their labels [K], -100 at padding.
+
+    ``states`` [T, L, D] and ``labels`` [T, L]; with ``label_at`` [K] (flat positions, -1 = padding) only those are
+    taken, without boolean indexing (no host synchronisation, a shape that does not change).
+    """
+    flat, targets = states.flatten(0, 1), labels.flatten()
+    if label_at is None:
+        return flat, targets
+    at = label_at.clamp(min=0)
+    return flat.index_select(0, at), torch.where(label_at >= 0, targets.index_select(0, at), -100)

@@ -1,0 +1,146 @@
+"""Image-text matching (ITM): does this text belong to this image?
+
+Negatives are drawn from the contrastive similarities (Li et al. 2021, ALBEF, section 3.2), or at random; both in one
+draw per row, without a host synchronisation.
+Shapes: B images, T texts, M rows, C candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from encoders.layers import initialise
+from encoders.types import Batch
+from objectives.base import Draw, Embed, Fuse, LossOutput, ModelSpec, Objective, Results, Rows
+from objectives.pairs import Positives, image_of_text, true_pairs
+from vlp.config import Config
+
+
+class ItmConfig(Config):
+    """Binary matching on the pooled fused vector."""
+
+    kind: Literal["itm"] = "itm"
+    weight: float = 1.0
+    """Weight of this loss in the sum."""
+    negatives: Literal["auto", "hard", "random"] = "auto"
+    """Drawn by contrastive similarity, or evenly. `auto`: hard where an objective trains the embeddings."""
+    scheme: Literal["both", "replace_image"] = "both"
+    """`both`: each pair with one false image and one false text (ALBEF). `replace_image`: each pair's image is replaced
+    with probability 0.5 (UNITER, ViLT, METER)."""
+    candidates: Literal["microbatch"] = "microbatch"
+    """Where negatives come from: the batch that one rank runs at a time."""
+    exclude: Positives = "id_or_caption"
+    """Pairs that are never drawn as negatives."""
+    floor: float = 0.0
+    """Added to every candidate's softmax weight (BLIP 1e-4, X-VLM 1e-5)."""
+    random_until: int = 0
+    """Samples up to which negatives are drawn evenly."""
+    hard_from: int = 0
+    """Samples from which negatives are drawn by similarity alone; between the two the weights are mixed linearly."""
+
+    trains_embed: ClassVar[bool] = False
+    reads_pooled: ClassVar[bool] = True
+
+    def build(self, spec: ModelSpec) -> Itm:
+        """Build the objective.
+
+        Raises:
+            ValueError: there is no fusion to match with, or no embedding to find hard negatives by.
+        """
+        if spec.pooled_width is None:
+            raise ValueError("objective itm needs a fusion, but model.fusion.kind is none; "
+                             "use single_stream or dual_stream, or remove itm")
+        if self.negatives == "hard" and spec.embed_width is None:
+            raise ValueError("objectives.itm.negatives hard needs an objective that trains the embeddings; "
+                             "add itc or set negatives to random")
+        return Itm(self, spec.pooled_width, hard=self.negatives != "random" and spec.embed_width is not None)
+
+
+class Itm(Objective):
+    """Matching head and its negatives. Class 1 is a match."""
+
+    def __init__(self, config: ItmConfig, width: int, hard: bool) -> None:
+        super().__init__()
+        self.config, self.hard = config, hard
+        self.head = nn.Linear(width, 2)
+        initialise(self)
+        self.needs = frozenset({Fuse(rows="itm")})
+        if config.scheme == "both":
+            self.needs |= {Fuse()}
+        if hard:
+            self.needs |= {Embed("image"), Embed("text")}
+
+    def chance(self, candidates: int) -> float:
+        true = 1 / 3 if self.config.scheme == "both" else 1 / 2
+        return -true * math.log(true) - (1 - true) * math.log(1 - true)
+
+    @torch.no_grad()
+    def rows(self, results: Results, batch: Batch, draw: Draw) -> dict[str, Rows]:
+        """Return this step's false pairs (scheme "both": T false images, then T false texts)."""
+        device = next(iter(batch.texts.values())).ids.device
+        own = image_of_text(batch, device)  # [T]
+        by_image, by_text = true_pairs(batch, self.config.exclude, device, everywhere=False)
+        text_weights, image_weights = self._weights(results, batch, by_image, by_text)
+        text = torch.arange(own.shape[0], device=device)
+        false_image = draw.categorical("itm.image", image_weights)  # of each text
+        false_image = torch.where(image_weights.sum(1) > 0, false_image, own)
+        if self.config.scheme == "replace_image":
+            replaced = draw.bernoulli("itm.replace", 0.5, own.shape, device)
+            return {"itm": Rows(torch.where(replaced, false_image, own), text)}
+        per_text = text_weights.index_select(0, own)
+        false_text = draw.categorical("itm.text", per_text)  # of each text's image
+        false_text = torch.where(per_text.sum(1) > 0, false_text, text)
+        return {"itm": Rows(torch.cat([false_image, own]), torch.cat([text, false_text]))}
+
+    def _weights(self, results: Results, batch: Batch, by_image: Tensor, by_text: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of texts for each image [B, T] and of images for each text [T, B]; true pairs weigh 0."""
+        even_text, even_image = (~by_image).float(), (~by_text).float()
+        mix = self._hardness(batch.seen) if self.hard else 0.0
+        if mix == 0.0:
+            return even_text, even_image
+        assert results.logit_scale is not None
+        logits = results.logit_scale.exp() * results[Embed("image")] @ results[Embed("text")].T
+        logits = logits.float()
+        hard_text = (logits.softmax(1) + self.config.floor) * even_text
+        hard_image = (logits.T.softmax(1) + self.config.floor) * even_image
+        return _blend(even_text, hard_text, mix), _blend(even_image, hard_image, mix)
+
+    def _hardness(self, seen: int) -> float:
+        first, last = self.config.random_until, self.config.hard_from
+        if seen >= last:
+            return 1.0 if seen >= first else 0.0
+        return max(0.0, (seen - first) / (last - first)) if last > first else 0.0
+
+    def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
+        """Cross-entropy of match against no match, mean over all rows; a row that found no negative has no loss."""
+        drawn: Rows = results.rows["itm"]
+        own = image_of_text(batch, drawn.image_index.device)
+        logits = self.head(results[Fuse(rows="itm")].pooled)
+        if self.config.scheme == "replace_image":
+            label = (drawn.image_index == own).long()
+            weight = torch.ones_like(logits[:, 0])
+        else:
+            text = torch.arange(own.shape[0], device=own.device)
+            found = (drawn.image_index != own.repeat(2)) | (drawn.text_index != text.repeat(2))
+            logits = torch.cat([self.head(results[Fuse()].pooled), logits])
+            label = torch.cat([torch.ones_like(own), torch.zeros_like(drawn.image_index)])
+            weight = torch.cat([torch.ones_like(own, dtype=logits.dtype), found.to(logits.dtype)])
+        loss = F.cross_entropy(logits.float(), label, reduction="none")
+        right = (logits.detach().argmax(1) == label).float()
+        return LossOutput((loss * weight).mean(), {"accuracy": (right * weight).sum() / weight.sum()})
+
+    def score(self, pooled: Tensor) -> Tensor:
+        """Pooled fused vectors [M, W] -> matching logit [M], the log odds of a match."""
+        logits = self.head(pooled)
+        return logits[:, 1] - logits[:, 0]
+
+
+def _blend(even: Tensor, hard: Tensor, mix: float) -> Tensor:
+    """Mix two tables of weights row by row, each row normalised first."""
+    normal = [w / w.sum(1, keepdim=True).clamp(min=1e-30) for w in (even, hard)]
+    return (1 - mix) * normal[0] + mix * normal[1]

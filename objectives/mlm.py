@@ -1,0 +1,114 @@
+"""Masked language modelling (MLM), with the image where there is a fusion (Devlin et al. 2019, section 3.1).
+
+Shapes: T texts, L length, K labelled positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from encoders.types import AttentionKind, Batch, Vocabulary
+from objectives.base import Draw, Encode, Fuse, LossOutput, ModelSpec, Objective, Results, ViewText
+from objectives.heads import VocabularyHead, labelled
+from vlp.config import Config
+
+
+class MlmConfig(Config):
+    """Predict masked words."""
+
+    kind: Literal["mlm"] = "mlm"
+    weight: float = 1.0
+    """Weight of this loss in the sum."""
+    mask_probability: float = Field(0.15, gt=0, lt=1)
+    """Share of words that are to be predicted."""
+    whole_word: bool = False
+    """Mask all pieces of a word together."""
+    tied: bool = True
+    """The output words are the text encoder's word embedding."""
+
+    trains_embed: ClassVar[bool] = False
+    reads_pooled: ClassVar[bool] = False
+
+    def build(self, spec: ModelSpec) -> Mlm:
+        """Build the objective."""
+        return Mlm(self, spec)
+
+
+@dataclass(frozen=True)
+class MaskedView:
+    """BERT's corruption: of the chosen positions 80 % become [MASK], 10 % a random word, 10 % stay."""
+
+    probability: float
+    whole_word: bool
+    attention: AttentionKind = "full"
+
+    def make(self, ids: np.ndarray, word_starts: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
+             ) -> ViewText:
+        """Mask one text [L]; special ids are never masked and never drawn."""
+        if vocabulary.mask is None:
+            raise ValueError("objective mlm needs a tokenizer with a mask token; this one has none, use another or remove mlm")
+        length = len(ids)
+        # A fixed number of draws per position, so that masks depend on nothing else.
+        choose, how = generator.random(length), generator.random(length)
+        words = generator.integers(0, vocabulary.size, length)
+        special = np.isin(ids, list(vocabulary.special))
+        if self.whole_word:
+            first = np.maximum.accumulate(np.where(word_starts, np.arange(length), 0))
+            choose = choose[first]
+        chosen = (choose < self.probability) & ~special
+        allowed = np.setdiff1d(np.arange(min(vocabulary.size, 4096)), list(vocabulary.special))
+        words = np.where(np.isin(words, list(vocabulary.special)), allowed[words % len(allowed)], words)
+        masked = np.where(how < 0.8, vocabulary.mask, np.where(how < 0.9, words, ids))
+        return ViewText(np.where(chosen, masked, ids), np.where(chosen, ids, -100))
+
+
+class Mlm(Objective):
+    """Word prediction at masked positions only."""
+
+    def __init__(self, config: MlmConfig, spec: ModelSpec) -> None:
+        super().__init__()
+        self.config, self.vocabulary_size = config, spec.vocabulary_size
+        self.fused = spec.fusion != "none"
+        self.head = VocabularyHead(spec.text_width, spec.vocabulary_size, spec.word_embedding if config.tied else None,
+                                   eps=spec.text_eps)
+        self.needs = frozenset({Fuse(text="masked") if self.fused else Encode("text", "masked")})
+        self.views = {"masked": MaskedView(config.mask_probability, config.whole_word)}
+
+    def count(self, batch: Batch) -> Tensor:
+        return count_labels(batch, "masked")
+
+    def chance(self, candidates: int) -> float:
+        return math.log(self.vocabulary_size)
+
+    def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
+        """Cross-entropy over the vocabulary, mean over the masked positions."""
+        states = results[Fuse(text="masked")].text.states if self.fused else results[Encode("text", "masked")].states
+        text = batch.texts["masked"]
+        assert text.labels is not None
+        return word_loss(self.head, states, text.labels, text.label_at)
+
+
+def count_labels(batch: Batch, view: str) -> Tensor:
+    """Return the number of labels of a view, a scalar on the device."""
+    labels = batch.texts[view].labels
+    assert labels is not None
+    return (labels != -100).sum()
+
+
+def word_loss(head: VocabularyHead, states: Tensor, labels: Tensor, label_at: Tensor | None, smoothing: float = 0.0
+              ) -> LossOutput:
+    """Cross-entropy of words at labelled positions, mean over the labels (0 if there is none)."""
+    states, targets = labelled(states, labels, label_at)
+    logits = head(states).float()
+    total = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum", label_smoothing=smoothing)
+    count = (targets != -100).sum().clamp(min=1)
+    right = (logits.detach().argmax(1) == targets).sum()
+    return LossOutput(total / count, {"accuracy": right / count})

@@ -1,0 +1,116 @@
+"""`decoder`: a causal text stack that reads a memory by cross-attention (captioning, generative answers).
+
+Shapes: B memory rows, T texts, L length, S memory length, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from encoders.layers import Cache, attention_mask, initialise
+from encoders.text import StackConfig, TextConfig, TextEmbeddings, TextEncoder, load_bert, run_cached
+from encoders.types import Texts, Tokens
+from vlp.fusion import Fusion
+from vlp.fusion.dual import DualStream
+
+
+class DecoderConfig(StackConfig):
+    """A causal stack with cross-attention in every block."""
+
+    kind: Literal["causal"] = "causal"
+    layers: int = 6
+    """Transformer blocks."""
+    share: Literal["none", "embeddings", "all_but_self_attention"] = "embeddings"
+    """What it shares: nothing; the text encoder's embeddings; all but self-attention with the cross-attention fusion
+    (BLIP: cross-attention and feed-forward of layer n are the fusion's)."""
+    memory: Literal["image", "text"] = "image"
+    """What it reads of a fused memory: its text side (ALBEF's VQA decoder) or its image side."""
+    init_layer: int = 0
+    """First layer of `init` to take."""
+
+    def build(self, memory_width: int, text: nn.Module, fusion: Fusion | None) -> Decoder:
+        """Build the decoder beside the text encoder and the fusion that it may share with."""
+        return Decoder(self, memory_width, text, fusion)
+
+
+class Decoder(nn.Module):
+    """Texts and a memory -> tokens, left to right.
+
+    Raises:
+        ValueError: it is to share what the text encoder or the fusion does not have.
+    """
+
+    def __init__(self, config: DecoderConfig, memory_width: int, text: nn.Module, fusion: Fusion | None) -> None:
+        super().__init__()
+        self.config, self.width = config, config.width
+        self.embeddings = _embeddings(config, text)
+        blocks = [config.block(memory_width) for _ in range(config.layers)]
+        for block in blocks:
+            initialise(block)
+        if config.share == "all_but_self_attention":
+            if not (isinstance(fusion, DualStream) and not fusion.co and len(fusion.blocks) == config.layers
+                    and fusion.config.width == config.width):
+                raise ValueError("model.decoder.share all_but_self_attention needs model.fusion dual_stream with attention "
+                                 f"cross, {config.layers} layers and width {config.width}; change it or share embeddings")
+            for block, theirs in zip(blocks, fusion.blocks, strict=True):
+                for name in ("cross", "cross_norm", "feed", "feed_norm"):
+                    setattr(block, name, getattr(theirs, name))
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = nn.LayerNorm(config.width, config.eps) if config.norm == "pre" else nn.Identity()
+
+    def load_pretrained(self) -> None:
+        """Fill the blocks from ``config.init``, where the recipe names one."""
+        if self.config.init is not None:
+            load_bert(self, self.config.init, embeddings=False, first=self.config.init_layer)
+
+    def forward(self, texts: Texts, memory: Tokens, memory_index: Tensor | None = None, layers: bool = False) -> Tokens:
+        """Texts [T, L] reading memory rows ``memory_index`` [T] (None: row t) -> Tokens [T, L, D]."""
+        mask = attention_mask(texts.keep, "causal" if texts.attention == "full" else texts.attention, texts.prefix)
+        states = self.embeddings(texts)
+        every = [states]
+        memory_mask = attention_mask(_rows(memory.keep, memory_index))
+        for block in self.blocks:
+            states = block(states, mask, memory=memory.states, memory_index=memory_index, memory_mask=memory_mask)
+            every.append(states)
+        states = self.final_norm(states)
+        return Tokens(states, texts.keep, states[:, 0], tuple(every) if layers else None)
+
+    def start(self) -> list[Cache]:
+        """Return empty caches for :meth:`step`, one a block."""
+        return [Cache() for _ in self.blocks]
+
+    def step(self, ids: Tensor, memory: Tokens, caches: list[Cache], memory_index: Tensor | None = None) -> Tensor:
+        """Read the newest tokens ``ids`` [T, L'] after those in ``caches`` -> states [T, L', D]; extends ``caches``.
+
+        The first call projects the memory's keys; later calls find them in the cache, in the caches' row order.
+        """
+        past = caches[0].past
+        first = 0 if past is None else past.keys.shape[2]
+        length = first + ids.shape[1]
+        states = self.embeddings(Texts(ids, torch.ones_like(ids, dtype=torch.bool)), first)
+        mask = attention_mask(None, "causal", length=length, device=ids.device)
+        assert mask is not None
+        memory_mask = attention_mask(_rows(memory.keep, memory_index))
+        states = run_cached(self.blocks, caches, states, mask[:, :, first:], memory=memory.states, memory_index=memory_index,
+                            memory_mask=memory_mask)
+        return self.final_norm(states)
+
+
+def _rows(keep: Tensor | None, index: Tensor | None) -> Tensor | None:
+    return keep if keep is None or index is None else keep.index_select(0, index)
+
+
+def _embeddings(config: DecoderConfig, text: nn.Module) -> TextEmbeddings:
+    if not isinstance(text, TextEncoder):
+        raise ValueError("model.decoder needs model.text.kind text, whose vocabulary and embeddings it takes")
+    if config.share == "none":
+        own = TextEmbeddings(TextConfig(**(text.config.model_dump() | {"width": config.width, "eps": config.eps})))
+        initialise(own)
+        return own
+    if text.config.width != config.width:
+        raise ValueError(f"model.decoder.share {config.share} needs model.decoder.width {text.config.width}, the text encoder's; "
+                         f"it is {config.width}")
+    return text.embeddings

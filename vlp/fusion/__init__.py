@@ -1,0 +1,19 @@
+"""Fusions: where image and text tokens meet, switched by `model.fusion.kind`. One file a kind, one line here."""
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field
+
+from vlp.config import Config
+from vlp.fusion.dual import DualStream, DualStreamConfig
+from vlp.fusion.single import SingleStream, SingleStreamConfig
+
+
+class NoFusionConfig(Config):
+    """Two towers that meet only in the contrastive loss (CLIP, ALIGN)."""
+
+    kind: Literal["none"] = "none"
+
+
+FusionConfig: TypeAlias = Annotated[NoFusionConfig | SingleStreamConfig | DualStreamConfig, Field(discriminator="kind")]
+Fusion: TypeAlias = SingleStream | DualStream

@@ -1,0 +1,163 @@
+"""`dual_stream`: image and text keep their own stacks and meet in cross-attention.
+
+``attention: cross``: text queries image, images stay as they are (ALBEF, BLIP). ``attention: co``: both streams query
+each other, self -> cross -> feed-forward in each (METER).
+Shapes: B images, M rows, N image tokens, L text length, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from encoders.layers import attention_mask, initialise
+from encoders.text import StackConfig, load_bert
+from encoders.types import AttentionKind, Tokens
+from objectives.base import Fused
+from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images
+
+
+class DualStreamConfig(StackConfig):
+    """Two streams that meet in cross-attention."""
+
+    kind: Literal["dual_stream"] = "dual_stream"
+    attention: Literal["cross", "co"] = "cross"
+    """`cross`: text queries image. `co`: each queries the other."""
+    layers: int = 6
+    """Blocks of each stream (`cross` has only the text's)."""
+    modality_embedding: bool = False
+    """Add a learned vector to each stream before its first block (METER)."""
+    project: bool = False
+    """Map both streams linearly to `width` first (METER), also where the widths agree already."""
+    pooler: PoolerKind = "cls"
+    """How `pooled` is made."""
+    images: Literal["one", "pair"] = "one"
+    """Images per text: one, or two laid behind each other (NLVR2)."""
+    init_layer: int = 0
+    """First layer of `init` to take (ALBEF: 6 of BERT's 12)."""
+
+    def build(self, image_width: int, text_width: int, pooled: bool) -> DualStream:
+        """Build the fusion; ``pooled`` says whether anyone reads `pooled`."""
+        return DualStream(self, image_width, text_width, pooled)
+
+
+class DualStream(nn.Module):
+    """Cross-attention between two streams.
+
+    Raises:
+        ValueError: pooler and attention do not fit.
+    """
+
+    def __init__(self, config: DualStreamConfig, image_width: int, text_width: int, pooled: bool) -> None:
+        super().__init__()
+        self.config, self.co = config, config.attention == "co"
+        self.text_width = width = config.width
+        linear = config.project or text_width != width
+        self.text_project = nn.Linear(text_width, width) if linear else nn.Identity()
+        # Without `project`, cross-attention maps the image's own width to keys and values by itself.
+        linear = config.project or (self.co and image_width != width)
+        self.image_project = nn.Linear(image_width, width) if linear else nn.Identity()
+        memory_width = width if linear else image_width
+        self.modality = nn.Embedding(2, width) if config.modality_embedding else None
+        self.order = nn.Parameter(torch.zeros(2, memory_width)) if config.images == "pair" else None
+        self.blocks = nn.ModuleList(config.block(memory_width) for _ in range(config.layers))
+        pre = config.norm == "pre"
+        self.final_norm = nn.LayerNorm(width, config.eps) if pre else nn.Identity()
+        self.pooler = Pooler(config.pooler, width, width) if pooled else None
+        self.pooled_width = self.pooler.width if self.pooler else None
+        reads_image = self.pooler is not None and self.pooler.reads_image
+        if reads_image and not self.co:
+            raise ValueError(f"model.fusion.pooler {config.pooler} reads the image stream, which attention cross leaves as "
+                             "it is; use pooler cls or tanh, or attention co")
+        # The last image block is worth having only if someone reads its output.
+        self.image_blocks = nn.ModuleList(config.block(width) for _ in range(config.layers - (not reads_image) if self.co else 0))
+        self.image_norm = nn.LayerNorm(width, config.eps) if pre and reads_image else nn.Identity()
+        for part in self.children():
+            if not isinstance(part, Pooler):
+                initialise(part)
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """Co-attention would leak a causal text's future through the image stream."""
+        return ("full",) if self.co else ("full", "causal", "prefix")
+
+    def load_pretrained(self) -> None:
+        """Fill the text blocks from ``config.init``, where the recipe names one."""
+        if self.config.init is not None:
+            load_bert(self, self.config.init, embeddings=False, first=self.config.init_layer)
+
+    def forward(self, image: Tokens | None, text: Tokens | None, image_index: Tensor | None = None,
+                attention: AttentionKind = "full", prefix: Tensor | None = None, layers: bool = False) -> Fused:
+        """Image states [B, N, D] at rows ``image_index`` with text states [M, L, D] -> Fused of M rows.
+
+        Without ``image`` the text stream runs alone, its cross-attention skipped (BLIP's text encoder).
+
+        Raises:
+            ValueError: ``text`` is missing, or ``attention`` is one that leaks here.
+        """
+        if text is None:
+            raise ValueError("model.fusion dual_stream has no image-only path; use single_stream or a vision encoder with depth > 0")
+        if attention not in self.attention_kinds:
+            raise ValueError(f"model.fusion.attention co cannot read a {attention} text without leaking its future; use cross")
+        states = self.text_project(text.states)
+        if self.modality is not None:
+            states = states + self.modality.weight[1]
+        mask = attention_mask(text.keep, attention, prefix, states.shape[1], states.device)
+        if image is None:
+            return self._text_only(states, text, mask, layers)
+        memory = self.image_project(image.states)
+        if self.modality is not None:
+            memory = memory + self.modality.weight[0]
+        return (self._co if self.co else self._cross)(memory, image.keep, image_index, states, text, mask, layers)
+
+    def _text_only(self, states: Tensor, text: Tokens, mask: Tensor | None, layers: bool) -> Fused:
+        every = [states]
+        for block in self.blocks:
+            states = block(states, mask)
+            every.append(states)
+        return self._finish(None, None, states, text.keep, every if layers else None, None)
+
+    def _cross(self, memory: Tensor, keep: Tensor | None, index: Tensor | None, states: Tensor, text: Tokens,
+               mask: Tensor | None, layers: bool) -> Fused:
+        if self.order is not None:
+            memory, keep = gather_images(memory, keep, index)
+            memory, index = add_order(memory, index, self.order), None
+        if keep is not None:
+            keep = gather_images(memory, keep, index)[1]
+        memory_mask = attention_mask(keep)
+        every = [states]
+        for block in self.blocks:
+            states = block(states, mask, memory=memory, memory_index=index, memory_mask=memory_mask)
+            every.append(states)
+        return self._finish(None, None, states, text.keep, every if layers else None, None)
+
+    def _co(self, memory: Tensor, keep: Tensor | None, index: Tensor | None, states: Tensor, text: Tokens,
+            mask: Tensor | None, layers: bool) -> Fused:
+        seen, keep = gather_images(memory, keep, index)
+        seen = add_order(seen, index, self.order)
+        image_mask = attention_mask(keep)
+        every, every_image = [states], [seen]
+        for number, block in enumerate(self.blocks):
+            # Both read the other's states from before this layer.
+            after = block(states, mask, memory=seen, memory_mask=image_mask)
+            if number < len(self.image_blocks):
+                seen = self.image_blocks[number](seen, image_mask, memory=states, memory_mask=mask)
+                every_image.append(seen)
+            states = after
+            every.append(states)
+        return self._finish(seen, keep, states, text.keep, every if layers else None, every_image if layers else None)
+
+    def _finish(self, image: Tensor | None, image_keep: Tensor | None, states: Tensor, keep: Tensor | None,
+                every: list[Tensor] | None, every_image: list[Tensor] | None) -> Fused:
+        states = self.final_norm(states)
+        seen = None
+        if image is not None and len(self.image_blocks) == len(self.blocks):
+            image = self.image_norm(image)
+            seen = Tokens(image, image_keep, image[:, 0], tuple(every_image) if every_image else None)
+        text = Tokens(states, keep, states[:, 0], tuple(every) if every else None)
+        pooled = states.new_zeros(states.shape[0], 0)
+        if self.pooler is not None and (seen is not None or not self.pooler.reads_image):
+            pooled = self.pooler(None if seen is None else seen.pooled, text.pooled)
+        return Fused(seen, text, pooled)

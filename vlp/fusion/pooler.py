@@ -1,0 +1,68 @@
+"""`pooled`: one vector per fused row, and how many images a row has.
+
+Shapes: M rows, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from encoders.layers import initialise
+
+PoolerKind = Literal["cls", "tanh", "concat", "product", "sum"]
+
+
+class Pooler(nn.Module):
+    """The first states of the two sides -> [M, width].
+
+    ``cls``: text [CLS] as it is (ALBEF). ``tanh``: a dense layer with tanh on it (BERT, ViLT). ``concat``: both sides'
+    tanh vectors, text first (METER). ``product``, ``sum``: of the two sides' ReLU vectors (ViLBERT). A row without text
+    takes its image's first state instead in ``cls`` and ``tanh``.
+    """
+
+    def __init__(self, kind: PoolerKind, text_width: int, image_width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.width = text_width + image_width if kind == "concat" else text_width
+        if kind != "cls":
+            self.text = nn.Linear(text_width, text_width)
+        if self.reads_image:
+            self.image = nn.Linear(image_width, image_width if kind == "concat" else text_width)
+        initialise(self)
+
+    @property
+    def reads_image(self) -> bool:
+        """Whether `pooled` depends on the image side's own states."""
+        return self.kind in ("concat", "product", "sum")
+
+    def forward(self, image: Tensor | None, text: Tensor | None) -> Tensor:
+        """First states [M, D] of each side -> [M, width]."""
+        if not self.reads_image:
+            first = text if text is not None else image
+            assert first is not None
+            return first if self.kind == "cls" else torch.tanh(self.text(first))
+        if image is None or text is None:
+            raise ValueError(f"model.fusion.pooler {self.kind} needs both image and text; use cls or tanh")
+        if self.kind == "concat":
+            return torch.cat([torch.tanh(self.text(text)), torch.tanh(self.image(image))], 1)
+        left, right = torch.relu(self.text(text)), torch.relu(self.image(image))
+        return left * right if self.kind == "product" else left + right
+
+
+def gather_images(states: Tensor, keep: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Lay each row's image tokens out: states [B, N, D] -> [M, N, D], or [M, I * N, D] for an index [M, I]."""
+    if index is None:
+        return states, keep
+    if index.dim() == 1:
+        return states.index_select(0, index), None if keep is None else keep.index_select(0, index)
+    return states[index].flatten(1, 2), None if keep is None else keep[index].flatten(1, 2)
+
+
+def add_order(states: Tensor, index: Tensor | None, order: nn.Parameter | None) -> Tensor:
+    """Mark which of a row's I images each token [M, I * N, D] is of, by the learned ``order`` [I, D]."""
+    if order is None or index is None or index.dim() == 1:
+        return states
+    return (states.unflatten(1, (index.shape[1], -1)) + order[None, : index.shape[1], None]).flatten(1, 2)

@@ -1,0 +1,125 @@
+"""`single_stream`: image and text tokens in one sequence, one transformer (merge-attention: VisualBERT, UNITER, ViLT).
+
+Shapes: B images, M rows, N image tokens, L text length, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from encoders.layers import attention_mask, initialise
+from encoders.patch import load_vit
+from encoders.text import StackConfig, load_bert
+from encoders.types import AttentionKind, Tokens
+from objectives.base import Fused
+from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images
+
+
+class SingleStreamConfig(StackConfig):
+    """Concatenation, then one stack with shared weights."""
+
+    kind: Literal["single_stream"] = "single_stream"
+    layers: int = 12
+    """Transformer blocks."""
+    modality_embedding: bool = True
+    """Add a learned vector that tells image from text tokens."""
+    pooler: PoolerKind = "tanh"
+    """How `pooled` is made."""
+    images: Literal["one", "pair"] = "one"
+    """Images per text: one, or two laid behind each other (NLVR2)."""
+    init_layer: int = 0
+    """First layer of `init` to take. `init: timm:NAME` takes a ViT's blocks."""
+
+    def build(self, image_width: int, text_width: int, pooled: bool) -> SingleStream:
+        """Build the fusion; ``pooled`` says whether anyone reads `pooled`."""
+        return SingleStream(self, image_width, text_width, pooled)
+
+
+class SingleStream(nn.Module):
+    """Image and text tokens through one stack."""
+
+    attention_kinds: tuple[AttentionKind, ...] = ("full", "causal", "prefix")
+
+    def __init__(self, config: SingleStreamConfig, image_width: int, text_width: int, pooled: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.text_width = width = config.width
+        self.image_project = nn.Linear(image_width, width) if image_width != width else nn.Identity()
+        self.text_project = nn.Linear(text_width, width) if text_width != width else nn.Identity()
+        self.modality = nn.Embedding(2, width) if config.modality_embedding else None
+        self.order = nn.Parameter(torch.zeros(2, width)) if config.images == "pair" else None
+        self.blocks = nn.ModuleList(config.block() for _ in range(config.layers))
+        self.final_norm = nn.LayerNorm(width, config.eps) if config.norm == "pre" else nn.Identity()
+        initialise(self)
+        self.pooler = Pooler(config.pooler, width, width) if pooled else None
+        self.pooled_width = self.pooler.width if self.pooler else None
+
+    def load_pretrained(self) -> None:
+        """Fill the blocks from ``config.init``, where the recipe names one."""
+        if self.config.init is None:
+            return
+        if self.config.init.startswith("timm:"):
+            load_vit(self, self.config.init.removeprefix("timm:"))
+        else:
+            load_bert(self, self.config.init, embeddings=False, first=self.config.init_layer)
+
+    def forward(self, image: Tokens | None, text: Tokens | None, image_index: Tensor | None = None,
+                attention: AttentionKind = "full", prefix: Tensor | None = None, layers: bool = False) -> Fused:
+        """Image states [B, N, D] at rows ``image_index`` with text states [M, L, D] -> Fused of M rows.
+
+        Under "causal" and "prefix" attention, image tokens see image tokens only, text tokens see all image tokens.
+        """
+        parts: list[Tensor] = []
+        keeps: list[Tensor] = []
+        for number, (tokens, project) in enumerate(((image, self.image_project), (text, self.text_project))):
+            if tokens is None:
+                continue
+            states, keep = gather_images(tokens.states, tokens.keep, image_index if tokens is image else None)
+            states = project(states)
+            if tokens is image:
+                states = add_order(states, image_index, self.order)
+            if self.modality is not None:
+                states = states + self.modality.weight[number]
+            parts.append(states)
+            keeps.append(states.new_ones(states.shape[:2], dtype=torch.bool) if keep is None else keep)
+        num_image = parts[0].shape[1] if image is not None else 0
+        keep = torch.cat(keeps, 1)
+        mask = self._mask(keep, num_image, attention, prefix)
+        states = torch.cat(parts, 1)
+        every = [states]
+        for block in self.blocks:
+            states = block(states, mask)
+            every.append(states)
+        states = self.final_norm(states)
+        return self._split(states, keep, num_image, image is not None, text is not None, tuple(every) if layers else None)
+
+    def _mask(self, keep: Tensor, num_image: int, attention: AttentionKind, prefix: Tensor | None) -> Tensor | None:
+        if attention == "full":
+            return attention_mask(keep)
+        # Image tokens stand first: a causal mask whose prefix is the image (and the text's own prefix).
+        length = torch.full((keep.shape[0],), num_image, device=keep.device)
+        if attention == "prefix":
+            assert prefix is not None
+            length = length + prefix
+        mask = attention_mask(keep, "prefix", length)
+        assert mask is not None
+        # With a text prefix, image tokens must not see the text either way: their keys stop at the image.
+        at = torch.arange(keep.shape[1], device=keep.device)
+        return mask & ~((at[:, None] < num_image) & (at[None, :] >= num_image))
+
+    def _split(self, states: Tensor, keep: Tensor, num_image: int, has_image: bool, has_text: bool,
+               every: tuple[Tensor, ...] | None) -> Fused:
+        image = text = None
+        if has_image:
+            layers = None if every is None else tuple(x[:, :num_image] for x in every)
+            image = Tokens(states[:, :num_image], keep[:, :num_image], states[:, 0], layers)
+        if has_text:
+            layers = None if every is None else tuple(x[:, num_image:] for x in every)
+            text = Tokens(states[:, num_image:], keep[:, num_image:], states[:, num_image], layers)
+        pooled = states.new_zeros(states.shape[0], 0)
+        if self.pooler is not None:
+            pooled = self.pooler(image.pooled if image else None, text.pooled if text else None)
+        return Fused(image, text, pooled)

@@ -1,0 +1,324 @@
+"""The model: vision encoder x text encoder x fusion (x decoder), and the objectives with their heads.
+
+``model.run(passes, batch)`` gives named results, ``model.losses(batch, draw)`` the objectives' losses; training,
+downstream tasks and the goldens use these two.
+Shapes: B images, T texts, D width, E embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from encoders import AnyTextConfig, PatchConfig, TextConfig, VisionConfig
+from encoders.layers import initialise
+from encoders.types import Batch, Modality
+from objectives import ObjectiveConfig
+from objectives.base import Decode, Draw, Embed, Encode, Fuse, LossOutput, ModelSpec, Objective, Pass, Results, Rows, View
+from objectives.collectives import sum_no_grad, world_size
+from vlp.config import Config
+from vlp.decoder import Decoder, DecoderConfig
+from vlp.fusion import Fusion, FusionConfig, NoFusionConfig
+from vlp.fusion.dual import DualStreamConfig
+from vlp.passes import Step, views
+
+logger = logging.getLogger(__name__)
+
+
+class EmbedConfig(Config):
+    """The contrastive embedding; it exists if an objective trains it."""
+
+    width: int = 256
+    """E, width of the common space."""
+    bias: bool = True
+    """The projections have a bias (ALBEF; CLIP has none)."""
+    temperature: float = Field(0.07, gt=0)
+    """Temperature at the start; learned as a log scale."""
+
+
+class ModelConfig(Config):
+    """What the model is made of."""
+
+    vision: VisionConfig = Field(default_factory=PatchConfig)
+    """Pixels -> image tokens."""
+    text: AnyTextConfig = Field(default_factory=TextConfig)
+    """Ids -> text tokens."""
+    fusion: FusionConfig = Field(default_factory=DualStreamConfig)
+    """Where they meet."""
+    decoder: DecoderConfig | None = None
+    """Writes text; none = the model does not generate."""
+    embed: EmbedConfig = Field(default_factory=EmbedConfig)
+    """Common space of image and text."""
+
+
+class Model(nn.Module):
+    """Encoders, fusion, decoder and objectives: the one module that training wraps.
+
+    Args:
+        config: sizes and kinds; ``config.text.vocabulary_size`` must be known.
+        objectives: by name.
+        seed: of the initial weights; each part draws from (seed, its name), so that models share the weights of the
+            parts they share.
+
+    Raises:
+        ValueError: parts and objectives do not fit each other; the message names both and the ways out.
+    """
+
+    def __init__(self, config: ModelConfig, objectives: Mapping[str, ObjectiveConfig], seed: int = 0) -> None:
+        super().__init__()
+        trains_embed = any(one.trains_embed for one in objectives.values())
+        reads_pooled = any(one.reads_pooled for one in objectives.values())
+        with part_seed(seed, "vision"):
+            self.vision = config.vision.build()
+        with part_seed(seed, "text"):
+            self.text = config.text.build()
+        with part_seed(seed, "fusion"):
+            self.fusion: Fusion | None = None
+            if not isinstance(config.fusion, NoFusionConfig):
+                self.fusion = config.fusion.build(self.vision.width, self.text.width, reads_pooled)
+        with part_seed(seed, "decoder"):
+            self.decoder = self._build_decoder(config)
+        with part_seed(seed, "embed"):
+            self._build_embed(config.embed, trains_embed)
+        spec = self._spec(config, trains_embed)
+        built = {}
+        for name, one in objectives.items():
+            with part_seed(seed, f"objectives.{name}"):
+                built[name] = one.build(spec)
+        self.objectives = nn.ModuleDict(built)
+        self.weights = {name: one.weight for name, one in objectives.items()}
+        self.objective_configs = dict(objectives)
+        self.config = config.model_copy(update={"vision": self.vision.config, "text": self.text.config})
+        self._check(config)
+
+    def _build_decoder(self, config: ModelConfig) -> Decoder | None:
+        if config.decoder is None:
+            return None
+        fused_width = None if self.fusion is None else self.fusion.text_width
+        memory_width = self.vision.width
+        if config.decoder.memory == "text":
+            memory_width = fused_width or self.text.width
+        return config.decoder.build(memory_width, self.text, self.fusion)
+
+    def _build_embed(self, config: EmbedConfig, trains: bool) -> None:
+        self.image_embed = self.text_embed = self.logit_scale = None
+        if not trains:
+            return
+        widths = [self.fusion.text_width if self.fusion and self.is_tower(m) else part.width
+                  for m, part in (("image", self.vision), ("text", self.text))]  # type: ignore[arg-type]
+        self.image_embed = nn.Linear(widths[0], config.width, bias=config.bias)
+        self.text_embed = nn.Linear(widths[1], config.width, bias=config.bias)
+        initialise(self.image_embed)
+        initialise(self.text_embed)
+        self.logit_scale = nn.Parameter(torch.full((1,), -math.log(config.temperature)))
+
+    def is_tower(self, modality: Modality) -> bool:
+        """Whether the fusion is this modality's tower: its encoder gives bare embeddings (BLIP's text, ViLT's both)."""
+        part = self.vision if modality == "image" else self.text
+        return self.fusion is not None and part.bare
+
+    def _spec(self, config: ModelConfig, trains_embed: bool) -> ModelSpec:
+        fusion = self.fusion
+        word = self.text.word_embedding
+        return ModelSpec(
+            vocabulary_size=word.shape[0],
+            text_width=fusion.text_width if fusion else self.text.width,
+            pooled_width=fusion.pooled_width if fusion else None,
+            decoder_width=self.decoder.width if self.decoder else None,
+            embed_width=config.embed.width if trains_embed else None,
+            word_embedding=word,
+            fusion=config.fusion.kind,
+            fusion_attention=fusion.attention_kinds if fusion else (),
+            text_eps=getattr(config.text, "eps", 1e-12),
+        )
+
+    def _check(self, config: ModelConfig) -> None:
+        """Refuse combinations that cannot work, all at once."""
+        problems = []
+        needs = self.needs()
+        if self.fusion is not None and self.objectives:
+            tower = [m for m in ("image", "text") if self.is_tower(m) and any(  # type: ignore[arg-type]
+                isinstance(p, Encode | Embed) and p.modality == m for p in needs)]
+            if not tower and not any(isinstance(p, Fuse) for p in needs):
+                problems.append(f"no objective of {sorted(self.objectives)} uses model.fusion.kind {config.fusion.kind}; "
+                                "add itm or mlm, or set model.fusion.kind none")
+        if self.decoder is not None and self.objectives and not any(isinstance(p, Decode) for p in needs):
+            problems.append(f"no objective of {sorted(self.objectives)} uses model.decoder; add lm, or set model.decoder none")
+        for name, objective in self._objectives():
+            for one in objective.needs:
+                view = objective.views.get(one.text or "") if isinstance(one, Fuse) else None
+                if view is not None and self.fusion is not None and view.attention not in self.fusion.attention_kinds:
+                    problems.append(f"objective {name} reads {view.attention} text, which model.fusion.kind {config.fusion.kind} would "
+                                    f"leak; it can read {self.fusion.attention_kinds}: use attention cross or single_stream")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _objectives(self) -> Iterator[tuple[str, Objective]]:
+        for name, module in self.objectives.items():
+            assert isinstance(module, Objective)
+            yield name, module
+
+    def load_pretrained(self) -> None:
+        """Fill every part that the recipe starts from published weights."""
+        for part in (self.vision, self.text, self.fusion, self.decoder):
+            if part is not None:
+                part.load_pretrained()
+
+    def needs(self, names: Iterable[str] | None = None) -> frozenset[Pass]:
+        """Return the union of what the objectives (of these names) need."""
+        wanted = None if names is None else set(names)
+        return frozenset[Pass]().union(*(o.needs for n, o in self._objectives() if wanted is None or n in wanted))
+
+    def text_views(self) -> dict[str, View]:
+        """Return how the text views of all objectives are made.
+
+        Raises:
+            ValueError: two objectives ask for the same name with different definitions.
+        """
+        found: dict[str, View] = {}
+        for name, objective in self._objectives():
+            for view_name, view in objective.views.items():
+                if found.setdefault(view_name, view) != view:
+                    raise ValueError(f"objective {name} asks for another text view {view_name!r} than an objective before it; "
+                                     "give both the same settings")
+        return found
+
+    def run(self, passes: Iterable[Pass], batch: Batch, layers: bool = False, rows: Mapping[str, Rows] | None = None
+            ) -> Results:
+        """Compute passes by name -> {Encode: Tokens, Embed: [B, E], Fuse: Fused, Decode: Tokens}.
+
+        Args:
+            passes: what to compute; what they read is computed too, each once.
+            batch: must hold the views that the passes name.
+            layers: also keep every layer's states.
+            rows: pairs for ``Fuse(rows=name)``, by name.
+        """
+        return Step(self, batch, layers).run(passes, None if rows is None else lambda results: rows)
+
+    def losses(self, batch: Batch, draw: Draw, names: Iterable[str] | None = None) -> dict[str, LossOutput]:
+        """Return each objective's loss over this batch, all from one set of shared passes.
+
+        Args:
+            batch: an image-only or text-only batch runs the objectives that need nothing else.
+            draw: the step's randomness.
+            names: only these objectives (sampled objectives, UNITER).
+        """
+        chosen = self.active(batch, names)
+
+        def give_rows(results: Results) -> dict[str, Rows]:
+            found: dict[str, Rows] = {}
+            for objective in chosen.values():
+                found |= objective.rows(results, batch, draw)
+            return found
+
+        results = Step(self, batch).run(self.needs(chosen), give_rows)
+        return {name: objective(results, batch, draw) for name, objective in chosen.items()}
+
+    def active(self, batch: Batch, names: Iterable[str] | None = None) -> dict[str, Objective]:
+        """Return the objectives that a batch of these modalities can train.
+
+        Raises:
+            ValueError: none, or a name is unknown.
+        """
+        known = dict(self._objectives())
+        wanted = list(known) if names is None else list(names)
+        if unknown := [name for name in wanted if name not in known]:
+            raise ValueError(f"unknown objectives {unknown}; the model has {sorted(known)}")
+        missing = {m for m, given in (("image", batch.images), ("text", batch.texts)) if not given}
+        found = {name: known[name] for name in wanted if not any(views(known[name].needs)[m] for m in missing)}  # type: ignore[index]
+        if not found:
+            raise ValueError(f"no objective of {wanted} can use a batch without {' and '.join(sorted(missing))}")
+        return found
+
+    def counts(self, batch: Batch, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Return over how many terms each objective's mean goes, as device scalars."""
+        device = self.device
+        return {name: torch.as_tensor(objective.count(batch), dtype=torch.float32, device=device)
+                for name, objective in self.active(batch, names).items()}
+
+    def forward(self, batch: Batch, draw: Draw, totals: Mapping[str, Tensor] | None = None,
+                names: Iterable[str] | None = None) -> tuple[Tensor, dict[str, LossOutput]]:
+        """Return the loss whose mean over ranks is that of the joined batch, and every objective's output.
+
+        Args:
+            batch: this rank's micro-batch.
+            draw: its randomness.
+            totals: each objective's count over all ranks and micro-batches of the step; None: over all ranks.
+            names: only these objectives.
+        """
+        outputs = self.losses(batch, draw, names)
+        counts = self.counts(batch, outputs)
+        if totals is None:
+            totals = global_counts(counts)
+        parts = [self.weights[name] * out.loss * counts[name] * world_size() / totals[name].clamp(min=1)
+                 for name, out in outputs.items()]
+        return torch.stack([part.reshape(()) for part in parts]).sum(), outputs
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+
+def global_counts(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sum counts over ranks in one collective."""
+    names = list(counts)
+    total = sum_no_grad(torch.stack([counts[name] for name in names]))
+    return dict(zip(names, total.unbind(), strict=True))
+
+
+def build_model(config: ModelConfig, objectives: Mapping[str, ObjectiveConfig], *, vocabulary_size: int | None = None,
+                seed: int = 0, pretrained: bool = True) -> Model:
+    """Build a model, its vocabulary size taken from the tokenizer where the recipe does not say it.
+
+    Args:
+        config: the recipe's model.
+        objectives: by name.
+        vocabulary_size: of the tokenizer.
+        seed: of the initial weights.
+        pretrained: fill parts from published weights where the recipe says so.
+
+    Raises:
+        ValueError: the parts do not fit each other, or the tokenizer has more words than the text encoder.
+    """
+    text = config.text
+    if isinstance(text, TextConfig) and vocabulary_size is not None:
+        if text.vocabulary_size is None:
+            config = config.model_copy(update={"text": text.model_copy(update={"vocabulary_size": vocabulary_size})})
+        elif text.vocabulary_size < vocabulary_size:
+            raise ValueError(f"model.text.vocabulary_size {text.vocabulary_size} is less than the tokenizer's {vocabulary_size}; "
+                             "remove it from the recipe or use another tokenizer")
+    model = Model(config, objectives, seed)
+    if pretrained:
+        model.load_pretrained()
+    return model
+
+
+@contextmanager
+def part_seed(seed: int, part: str) -> Iterator[None]:
+    """Draw a part's initial weights from (seed, part) alone, leaving the global generator as it was."""
+    digest = hashlib.blake2b(f"{seed}/{part}".encode(), digest_size=8).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(digest, "little") % 2**63)
+        yield
+
+
+def parameters_by_part(model: Model) -> dict[str, int]:
+    """Count parameters by part, shared ones once, where they appear first."""
+    seen: set[int] = set()
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = ".".join(name.split(".")[:2]) if name.startswith("objectives.") else name.split(".")[0]
+        if id(parameter) not in seen:
+            found[part] = found.get(part, 0) + parameter.numel()
+            seen.add(id(parameter))
+    return found
+
+

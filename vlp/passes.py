@@ -1,0 +1,231 @@
+"""Passes: what a step computes, each thing once, in a fixed order.
+
+Encodes and embeds first; then the objectives name the pairs that only this step can know; then all fuse rows of all
+objectives go through the fusion stacked into as few calls as possible; decodes last.
+Shapes: B images, T texts, M fused rows, N image tokens, L text length, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from encoders.types import AttentionKind, Batch, Modality, Tokens
+from objectives.base import Decode, Embed, Encode, Fuse, Fused, Pass, Results, Rows
+
+if TYPE_CHECKING:
+    from vlp.model import Model
+
+GiveRows = Callable[[Results], Mapping[str, Rows]]
+
+
+def close(passes: Iterable[Pass]) -> frozenset[Pass]:
+    """Return the passes with all that they read: an embed its encode, a decode its memory."""
+    found: set[Pass] = set()
+    for wanted in passes:
+        found.add(wanted)
+        if isinstance(wanted, Embed):
+            found.add(Encode(wanted.modality, wanted.view))
+        elif isinstance(wanted, Decode):
+            found.add(wanted.memory)
+    return frozenset(found)
+
+
+def views(passes: Iterable[Pass]) -> dict[Modality, set[str]]:
+    """Return the views of each modality that the passes read."""
+    found: dict[Modality, set[str]] = {"image": set(), "text": set()}
+    for wanted in close(passes):
+        if isinstance(wanted, Encode | Embed):
+            found[wanted.modality].add(wanted.view)
+        elif isinstance(wanted, Fuse):
+            found["image"] |= {wanted.image} - {None}  # type: ignore[arg-type]
+            found["text"] |= {wanted.text} - {None}  # type: ignore[arg-type]
+        else:
+            found["text"].add(wanted.text)
+    return found
+
+
+class Step:
+    """The passes of one step, computed on demand and kept."""
+
+    def __init__(self, model: Model, batch: Batch, layers: bool = False) -> None:
+        self.model, self.batch, self.layers = model, batch, layers
+        self.results = Results(model.logit_scale)
+        self._read: dict[tuple[Modality, str], Tokens] = {}
+
+    def run(self, passes: Iterable[Pass], give_rows: GiveRows | None = None) -> Results:
+        """Compute ``passes`` and all that they read; ``give_rows`` names the pairs once the embeds are known."""
+        wanted = sorted(close(passes), key=repr)
+        for one in wanted:
+            if isinstance(one, Encode):
+                self.results[one] = self._encode(one)
+        for one in wanted:
+            if isinstance(one, Embed):
+                self.results[one] = self._embed(one)
+        if give_rows is not None:
+            self.results.rows = give_rows(self.results)
+        self._fuse([one for one in wanted if isinstance(one, Fuse)])
+        for one in wanted:
+            if isinstance(one, Decode):
+                self.results[one] = self._decode(one)
+        return self.results
+
+    def _tower(self, modality: Modality, view: str) -> Tokens:
+        """What the fusion reads: the encoder's output, which is bare embeddings where the fusion is the tower."""
+        key = (modality, view)
+        if key not in self._read:
+            encoder = self.model.vision if modality == "image" else self.model.text
+            given = self.batch.images if modality == "image" else self.batch.texts
+            if encoder is None or view not in given:
+                raise ValueError(f"the batch has no {modality} view {view!r}; it has {sorted(given)}")
+            self._read[key] = encoder(given[view], layers=self.layers)
+        return self._read[key]
+
+    def _encode(self, name: Encode) -> Tokens:
+        tokens = self._tower(name.modality, name.view)
+        if not self.model.is_tower(name.modality):
+            return tokens
+        assert self.model.fusion is not None
+        image, text = (tokens, None) if name.modality == "image" else (None, tokens)
+        kind, prefix = self._attention(name.view if name.modality == "text" else None)
+        fused = self.model.fusion(image, text, attention=kind, prefix=prefix, layers=self.layers)
+        side = fused.image if name.modality == "image" else fused.text
+        assert side is not None
+        return side
+
+    def _embed(self, name: Embed) -> Tensor:
+        projection = self.model.image_embed if name.modality == "image" else self.model.text_embed
+        if projection is None:
+            raise ValueError("this model has no contrastive embedding; pretrain it with objective itc")
+        return F.normalize(projection(self.results[Encode(name.modality, name.view)].pooled), dim=-1)
+
+    def _attention(self, view: str | None) -> tuple[AttentionKind, Tensor | None]:
+        text = None if view is None else self.batch.texts.get(view)
+        return ("full", None) if text is None else (text.attention, text.prefix)
+
+    def _decode(self, name: Decode) -> Tokens:
+        if self.model.decoder is None:
+            raise ValueError("this model has no decoder; set model.decoder.kind causal and train objective lm")
+        memory = memory_of(self.results[name.memory], self.model.decoder.config.memory)
+        index = self.batch.image_of_text if isinstance(name.memory, Encode) else None
+        return self.model.decoder(self.batch.texts[name.text], memory, index, layers=self.layers)
+
+    def _fuse(self, wanted: list[Fuse]) -> None:
+        """Run all fuse passes, stacked where attention kind and sides agree."""
+        if wanted and self.model.fusion is None:
+            raise ValueError("this model has no fusion (model.fusion.kind none); use single_stream or dual_stream")
+        groups: dict[tuple, list[Fuse]] = {}
+        for one in wanted:
+            kind, _ = self._attention(one.text)
+            pair = self._rows(one).dim if one.image and one.text else 0
+            groups.setdefault((one.image is None, one.text is None, kind, pair), []).append(one)
+        for (_, _, kind, _), group in groups.items():
+            for one, fused in zip(group, self._fuse_group(group, kind), strict=True):
+                self.results[one] = fused
+
+    def _rows(self, name: Fuse) -> _RowIndex:
+        if name.rows is not None:
+            rows = self.results.rows[name.rows]
+            return _RowIndex(rows.image_index, rows.text_index)
+        return _RowIndex(self.batch.image_of_text, None)
+
+    def _fuse_group(self, group: list[Fuse], kind: AttentionKind) -> list[Fused]:
+        assert self.model.fusion is not None
+        image, first = self._stack_images([one.image for one in group if one.image is not None])
+        parts: list[Tokens] = []
+        prefixes: list[Tensor] = []
+        indices: list[Tensor | None] = []
+        for one in group:
+            rows = self._rows(one)
+            if one.text is not None:
+                text = self._tower("text", one.text)
+                parts.append(text if rows.text is None else take(text, rows.text))
+                prefix = self.batch.texts[one.text].prefix
+                if kind == "prefix" and prefix is not None:
+                    prefixes.append(prefix if rows.text is None else prefix[rows.text])
+            if one.image is not None:
+                start = first[one.image]
+                indices.append(rows.image if rows.image is None or start == 0 else rows.image + start)
+                if rows.image is None and (len(group) > 1 or start > 0) and one.text is not None:
+                    indices[-1] = torch.arange(parts[-1].states.shape[0], device=parts[-1].states.device) + start
+        text_rows = _concatenate(parts)
+        index = None if not indices or indices[0] is None else torch.cat([i for i in indices if i is not None])
+        fused = self.model.fusion(image, text_rows, index, kind, torch.cat(prefixes) if prefixes else None, layers=self.layers)
+        sizes = [part.states.shape[0] for part in parts] or [fused.pooled.shape[0]]
+        lengths = [part.states.shape[1] for part in parts]
+        return _split(fused, sizes, lengths)
+
+    def _stack_images(self, names: list[str]) -> tuple[Tokens | None, dict[str, int]]:
+        """Lay the images of all views behind each other; return them and each view's first row."""
+        first: dict[str, int] = {}
+        parts: list[Tokens] = []
+        for view in names:
+            if view not in first:
+                first[view] = sum(part.states.shape[0] for part in parts)
+                parts.append(self._tower("image", view))
+        return _concatenate(parts), first
+
+
+@dataclass(frozen=True)
+class _RowIndex:
+    image: Tensor | None
+    text: Tensor | None
+
+    @property
+    def dim(self) -> int:
+        """Images per row: 1, or I for an index [M, I]."""
+        return 1 if self.image is None or self.image.dim() == 1 else self.image.shape[1]
+
+
+def memory_of(source: Tokens | Fused, side: str) -> Tokens:
+    """Return the tokens that a decoder reads from an encode or a fuse."""
+    if isinstance(source, Tokens):
+        return source
+    tokens = source.text if side == "text" else source.image
+    if tokens is None:
+        raise ValueError(f"model.decoder.memory {side}: the fusion gives no {side} states; use the other side")
+    return tokens
+
+
+def take(tokens: Tokens, index: Tensor) -> Tokens:
+    """Return the rows ``index`` [M] of tokens."""
+    keep = None if tokens.keep is None else tokens.keep.index_select(0, index)
+    return Tokens(tokens.states.index_select(0, index), keep, tokens.pooled.index_select(0, index))
+
+
+def _concatenate(parts: list[Tokens]) -> Tokens | None:
+    if not parts:
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    longest = max(part.states.shape[1] for part in parts)
+    states = torch.cat([F.pad(part.states, (0, 0, 0, longest - part.states.shape[1])) for part in parts])
+    keep = None
+    if any(part.keep is not None or part.states.shape[1] < longest for part in parts):
+        keeps = [part.states.new_ones(part.states.shape[:2], dtype=torch.bool) if part.keep is None else part.keep for part in parts]
+        keep = torch.cat([F.pad(k, (0, longest - k.shape[1])) for k in keeps])
+    return Tokens(states, keep, torch.cat([part.pooled for part in parts]))
+
+
+def _split(fused: Fused, sizes: list[int], lengths: list[int]) -> list[Fused]:
+    if len(sizes) == 1:
+        return [fused]
+    found, first = [], 0
+    for size, length in zip(sizes, lengths, strict=True):
+        rows = slice(first, first + size)
+        found.append(Fused(_slice(fused.image, rows), _slice(fused.text, rows, length), fused.pooled[rows]))
+        first += size
+    return found
+
+
+def _slice(tokens: Tokens | None, rows: slice, length: int | None = None) -> Tokens | None:
+    if tokens is None:
+        return None
+    keep = None if tokens.keep is None else tokens.keep[rows, :length]
+    layers = None if tokens.layers is None else tuple(x[rows, :length] for x in tokens.layers)
+    return Tokens(tokens.states[rows, :length], keep, tokens.pooled[rows], layers)
