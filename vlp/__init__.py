@@ -1,0 +1,1 @@
+"""Vision-language pretraining with fused models."""
