@@ -231,7 +231,7 @@ class Tree(Generic[C]):
     def _construct(self, cls: type[Config], tree: Mapping[str, Any], path: Path_) -> Any:
         """An object of `cls`, or `_FAILED`; its parts come first, so that each problem is found at its own path."""
         values: dict[str, Any] = {}
-        for name, value in tree.items():
+        for name, value in ((str(name), value) for name, value in tree.items()):
             if name in slots(cls):
                 values[name] = self._value(slots(cls)[name], value, (*path, name))
             else:
@@ -246,7 +246,7 @@ class Tree(Generic[C]):
 
     def _value(self, slot: Slot, value: Any, path: Path_) -> Any:
         if slot.entry and isinstance(value, Mapping):
-            entries = {name: self._value(slot.entry, each, (*path, name)) for name, each in value.items()}
+            entries = {name: self._value(slot.entry, each, (*path, str(name))) for name, each in value.items()}
             return _FAILED if any(each is _FAILED for each in entries.values()) else entries
         if not slot.classes or (value is None and slot.nullable) or (slot.plain and not isinstance(value, Mapping)):
             return value
@@ -348,7 +348,8 @@ def _with_removals(tree: dict[str, Any], merged: Mapping[str, Any]) -> dict[str,
         else value
         for name, value in tree.items()
     }
-    return inner | gone
+    kind = {"kind": tree["kind"]} if "kind" in tree else {}  # the line to read first
+    return kind | inner | gone
 
 
 def restated(cls: type[Config], recipe: str | Path) -> list[str]:

@@ -6,6 +6,7 @@ in the same words.
 """
 
 import argparse
+import difflib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from vlp.config import C, ConfigError, Layer, Slot, Tree, load_recipe, members, slots
-from vlp.recipes import Migrate, did_you_mean, from_yaml
+from vlp.recipes import Migrate, from_yaml
 
 SOURCE = "command line"
 _NONE = ("none", "null")
@@ -123,7 +124,8 @@ def _locate(tree: Tree[Any], parts: Sequence[str]) -> tuple[tuple[str, ...], Slo
     """The path of the field that a flag names, hyphens or underscores, and what it may hold."""
     slot, value, path = tree.root, tree.values, ()  # type: Slot, Any, tuple[str, ...]
     for part in parts:
-        name = part if slot.entry and isinstance(value, Mapping) and part in value else part.replace("-", "_")
+        as_typed = slot.entry and (not slot.entry.classes or (isinstance(value, Mapping) and part in value))
+        name = part if as_typed else part.replace("-", "_")
         if slot.entry:
             slot = slot.entry
         elif slot.classes and name == "kind" and part is parts[-1]:
@@ -152,12 +154,9 @@ def _nearest(tree: Tree[Any], parts: Sequence[str]) -> str:
     """The remedy for a misspelt flag: the same name elsewhere in the tree, or a similar one."""
     given = ".".join(parts).replace("_", "-")
     known = [row.flag.removeprefix("--") for row in _rows(tree.root, tree.values)]
-    ends = [name for name in known if name.endswith(f".{given}")]
-    near = " or ".join(f"--{name}" for name in ends) if ends else did_you_mean(given, known, otherwise="")
-    if ends:
-        return f"perhaps you meant {near}"
-    if near.startswith("perhaps"):
-        return near.replace("meant ", "meant --").replace(" or ", " or --")
+    near = [name for name in known if name.endswith(f".{given}")] or difflib.get_close_matches(given, known, n=1)
+    if near:
+        return f"perhaps you meant {' or '.join(f'--{name}' for name in near)}"
     return "--help lists all flags"
 
 

@@ -94,9 +94,9 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "there are") -> str:
     """The remedy for a wrong name: the nearest known one, else all of them."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3)
+    near = difflib.get_close_matches(name, known, n=1)
     if near:
-        return f"perhaps you meant {' or '.join(near)}"
+        return f"perhaps you meant {near[0]}"
     return f"{otherwise} {', '.join(known)}" if known else "there are none"
 
 
@@ -128,8 +128,8 @@ def find_recipe(name: str | Path, group: str = "") -> Path:
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path.resolve()
-        beside = sorted(each.name for each in path.parent.glob("*.y*ml"))
-        hint = did_you_mean(path.name, beside, otherwise=f"recipes in {path.parent.as_posix()} are")
+        beside = sorted(each.stem for each in path.parent.glob(f"*{path.suffix}"))
+        hint = did_you_mean(path.stem, beside, otherwise=f"the recipes in {path.parent.as_posix()} are")
         raise ConfigError(f"recipe {path.as_posix()}: no such file; {hint}")
     wanted, known = path.as_posix(), list_recipes()
     exact = [each for each in (f"{group}/{wanted}", wanted) if each in known]
