@@ -1,0 +1,223 @@
+"""Opening a data set by its name, and decoding one sample of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vlp.data.records import IMAGE_EXTENSIONS, TEXT_FIELDS, BadSample, RawSample, Reader, digest
+from vlp.data.shards import ShardReader
+from vlp.data.table import TABLE_SUFFIXES, FolderReader, TableReader
+from vlp.data.transforms import decode_image
+
+__all__ = ["BadSample", "RawSample", "Reader", "Sample", "decode_sample", "open_reader"]
+
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # names of the Hugging Face image folder
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A decoded sample.
+
+    Attributes:
+        key: Name within its source.
+        images: uint8 [3, H, W] each, as stored; empty only if the task needs none.
+        texts: Stripped texts, none of them empty.
+        fields: Everything else: columns of the table row or content of the .json member, and other members as bytes.
+    """
+
+    key: str
+    images: tuple[Tensor, ...]
+    texts: tuple[str, ...]
+    fields: dict[str, Any]
+
+
+def open_reader(
+    spec: str | Sequence[str],
+    *,
+    image: str | Sequence[str] | None = None,
+    text: str | None = None,
+    root: str | Path | None = None,
+    where: Mapping[str, Any] | None = None,
+) -> Reader:
+    """Open a data set by the form of its name.
+
+    Args:
+        spec: Tar shards (path or fsspec url, with braces or globs), a table (csv, tsv, json, jsonl, parquet), a folder
+            of images (or of .tar files, or with a metadata.csv / .jsonl / .parquet), or a list of those, read in order.
+        image: Tables: column or columns with image paths; None guesses.
+        text: Tables: column with the text; None guesses.
+        root: Tables: folder that image paths are relative to; None means the folder of the table.
+        where: Keep samples whose fields (row, or .json member) have these values.
+
+    Raises:
+        ValueError: If nothing is there, nothing is left, or an option does not fit the form.
+    """
+    specs = [spec] if isinstance(spec, str) else list(spec)
+    # A new scheme, such as "emoji:noto,twemoji", is resolved here, to the paths that it stands for.
+    if not specs:
+        raise ValueError("data: the list is empty; name shards, a table or a folder")
+    if all(_is_shards(name) for name in specs):
+        return _without_columns(ShardReader(specs, where), root)
+    if len(specs) > 1:
+        return ConcatReader([open_reader(name, image=image, text=text, root=root, where=where) for name in specs])
+    path = Path(specs[0])
+    if path.is_dir():
+        if any(path.glob("*.tar")):
+            return _without_columns(ShardReader(os.path.join(path, "*.tar"), where), root)
+        tables = [path / name for name in _METADATA if (path / name).is_file()]
+        if not tables:
+            if where:
+                raise ValueError(
+                    f"where: the images of folder '{path}' have no fields; add a metadata.csv to filter by"
+                )
+            return FolderReader(path)
+        path = tables[0]
+    if path.suffix not in TABLE_SUFFIXES:
+        known = ", ".join((".tar", *TABLE_SUFFIXES))
+        raise ValueError(f"data: '{path}' is neither a folder nor a file ending in {known}; check the path")
+    return TableReader(path, image, text, root, where)
+
+
+def _is_shards(name: str) -> bool:
+    return name.startswith("pipe:") or ".tar" in os.path.basename(name)
+
+
+def _without_columns(reader: ShardReader, root: str | Path | None) -> ShardReader:
+    if root is not None:
+        raise ValueError(f"root: '{root}' is for tables with image paths, shards hold their images; leave it out")
+    return reader
+
+
+class ConcatReader:
+    """Several readers, one after the other.
+
+    Args:
+        readers: At least one.
+    """
+
+    def __init__(self, readers: Sequence[Reader]):
+        assert readers
+        self._readers = tuple(readers)
+        self._ends = np.cumsum([len(reader) for reader in readers], dtype=np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the readers' own."""
+        return digest(np.frombuffer("".join(reader.fingerprint for reader in self._readers).encode(), dtype=np.uint8))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> RawSample:
+        """Read sample ``index``.
+
+        Raises:
+            BadSample: If a part of it cannot be read.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self._readers[part][index - (int(self._ends[part - 1]) if part else 0)]
+
+
+def decode_sample(
+    raw: RawSample,
+    *,
+    image: str | Sequence[str] | None = None,
+    text: str | None = None,
+    need_image: bool = True,
+    need_text: bool = True,
+) -> Sample:
+    """Decode the parts of one sample.
+
+    Images are all members with an image extension, in stored order; texts are the ``txt`` members (``txt``, ``0.txt``,
+    ...), else the first field that is called caption, text, question or the like.
+
+    Args:
+        raw: As read.
+        image: Shards: member or members that hold the images, by extension, in this order.
+        text: Shards: member or json field that holds the text.
+        need_image: Whether a sample without image is bad.
+        need_text: Whether a sample without text is bad.
+
+    Raises:
+        BadSample: If an image cannot be decoded, a text is empty or not UTF-8, or a part is missing.
+    """
+    fields = dict(raw.fields)
+    for extension, data in raw.files.items():
+        if extension == "json" or extension.endswith(".json"):
+            fields |= _json_fields(raw.key, extension, data)
+    texts, text_members = _texts(raw, fields, text)
+    images = _image_members(raw, image)
+    used = {*images, *text_members}
+    fields |= {e: data for e, data in raw.files.items() if e not in used and not _is_json(e) and not _is_image(e)}
+    if need_image and not images:
+        raise BadSample(raw.key, f"no image; it has {_parts(raw, fields)}")
+    if need_text and not texts:
+        raise BadSample(raw.key, f"no text; it has {_parts(raw, fields)}")
+    stripped = tuple(item.strip() for item in texts)
+    if need_text and not all(stripped):
+        raise BadSample(raw.key, "empty caption")
+    decoded = tuple(decode_image(raw.files[extension], raw.key) for extension in images)
+    return Sample(raw.key, decoded, tuple(item for item in stripped if item), fields)
+
+
+def _last(extension: str) -> str:
+    return extension.rsplit(".", 1)[-1]
+
+
+def _is_json(extension: str) -> bool:
+    return _last(extension) == "json"
+
+
+def _is_image(extension: str) -> bool:
+    return _last(extension) in IMAGE_EXTENSIONS
+
+
+def _parts(raw: RawSample, fields: Mapping[str, Any]) -> str:
+    return ", ".join(dict.fromkeys([*raw.files, *fields])) or "nothing"
+
+
+def _json_fields(key: str, extension: str, data: bytes) -> dict[str, Any]:
+    """Fields of one json member: those of ``.json`` stand at the top, others under their name."""
+    try:
+        content = json.loads(data)
+    except ValueError as error:
+        raise BadSample(key, f".{extension} is not json: {error}") from error
+    return content if extension == "json" and isinstance(content, dict) else {extension: content}
+
+
+def _image_members(raw: RawSample, named: str | Sequence[str] | None) -> list[str]:
+    if named is None or raw.texts is not None:  # tables: the reader has chosen the columns
+        return [extension for extension in raw.files if _is_image(extension)]
+    names = [named] if isinstance(named, str) else list(named)
+    for name in names:
+        if name not in raw.files:
+            raise BadSample(raw.key, f"no member .{name}; it has {_parts(raw, {})}")
+    return names
+
+
+def _texts(raw: RawSample, fields: Mapping[str, Any], named: str | None) -> tuple[tuple[str, ...], list[str]]:
+    """The texts and the members that they come from."""
+    if raw.texts is not None:
+        return raw.texts, []
+    members = [e for e in raw.files if (_last(e) == "txt" if named is None else e == named)]
+    if members:
+        try:
+            return tuple(raw.files[extension].decode("utf-8") for extension in members), members
+        except UnicodeDecodeError as error:
+            raise BadSample(raw.key, f"text is not UTF-8: {error}") from error
+    if named is not None and named not in fields:
+        return (), []
+    name = named if named is not None else next((name for name in TEXT_FIELDS if fields.get(name) is not None), None)
+    cell = fields[name] if name is not None else None
+    cells = cell if isinstance(cell, list) else [cell]
+    return tuple(str(item) for item in cells if item is not None), []

@@ -1,0 +1,341 @@
+"""Tables with image paths (csv, tsv, json, jsonl, parquet) and folders of images.
+
+A table row is kept as its own JSON text in one byte array (parquet: as Arrow columns), not as Python objects.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vlp.data.records import (
+    IMAGE_EXTENSIONS,
+    TEXT_FIELDS,
+    BadSample,
+    Blobs,
+    RawSample,
+    digest,
+    matches,
+    nothing_left,
+)
+
+log = logging.getLogger(__name__)
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+IMAGE_COLUMNS = (
+    "image",
+    "images",
+    "image_path",
+    "image_paths",
+    "img_path",
+    "filepath",
+    "file_path",
+    "file_name",
+    "filename",
+    "path",
+    "img",
+    "image_file",
+)
+"""Column names that are taken for the image if none is named, best first."""
+
+
+class _Rows(Protocol):
+    """Rows of a table by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def fingerprint(self) -> str: ...
+
+
+class _JsonRows:
+    def __init__(self, rows: Iterator[bytes]):
+        self._rows = Blobs.pack(rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return json.loads(self._rows[index])
+
+    def fingerprint(self) -> str:
+        return digest(self._rows.data, self._rows.offsets)
+
+
+class _ArrowRows:
+    def __init__(self, path: Path):
+        try:
+            import pyarrow.parquet as parquet
+        except ImportError as error:
+            raise ValueError(f"data: '{path}' needs pyarrow; install it with: pip install 'vlp[parquet]'") from error
+        try:
+            self._table = parquet.read_table(path, memory_map=True)
+        except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
+            raise ValueError(f"data: '{path}' is not a readable parquet file: {_one_line(error)}") from error
+        self._stamp = np.array([path.stat().st_size, self._table.num_rows], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._table.slice(index, 1).to_pylist()[0]
+
+    def fingerprint(self) -> str:
+        return digest(self._stamp, np.frombuffer(str(self._table.schema).encode(), dtype=np.uint8))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _csv_rows(path: Path) -> Iterator[bytes]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        header = file.readline()
+        file.seek(0)
+        # open_clip's recipes write tab-separated files that are named .csv
+        tabs = path.suffix == ".tsv" or ("\t" in header and "," not in header)
+        reader = csv.reader(file, delimiter="\t" if tabs else ",")
+        names = next(reader, [])
+        for row in reader:
+            if len(row) > len(names):
+                raise ValueError(
+                    f"data: '{path}' line {reader.line_num} has {len(row)} cells for {len(names)} columns; "
+                    "put cells that hold the separator in double quotes"
+                )
+            if row:
+                yield json.dumps(dict(zip(names, row + [""] * (len(names) - len(row))))).encode()
+
+
+def _jsonl_rows(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"data: '{path}' line {number} is not json: {error}") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"data: '{path}' line {number} is not an object with named fields")
+                yield line
+
+
+def _json_rows(path: Path) -> Iterator[bytes]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"data: '{path}' is not json: {error}; one object a line is called .jsonl") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"data: '{path}' must be a list of objects with named fields; convert it to .jsonl")
+    yield from (json.dumps(row).encode() for row in rows)
+
+
+def _open_rows(path: Path) -> _Rows:
+    readers = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}
+    if path.suffix == ".parquet":
+        return _ArrowRows(path)
+    if path.suffix not in readers:
+        raise ValueError(f"data: '{path}' has no known ending; use one of {', '.join(TABLE_SUFFIXES)}")
+    try:
+        return _JsonRows(readers[path.suffix](path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: '{path}' is not UTF-8 ({error}); save it as UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"data: '{path}' is not a csv table: {error}") from error
+
+
+class TableReader:
+    """Samples of a csv, tsv, json (list of objects), jsonl or parquet file.
+
+    A cell of an image column holds a path (or a list of paths); in parquet also the encoded image itself, alone
+    or as ``{"bytes": ..., "path": ...}``. A cell of the text column holds a text or a list of texts.
+
+    Args:
+        path: The table.
+        image_column: Column, or columns in order for several images; None guesses, ``()`` for a table without.
+        text_column: Column of the text; None guesses, "" for a table without.
+        root: Folder that image paths are relative to; None means the folder of the table.
+        where: Keep only rows with these values, see ``records.matches``.
+
+    Raises:
+        ValueError: If the file is missing or malformed, a column is not there, or no row is left.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_column: str | Sequence[str] | None = None,
+        text_column: str | None = None,
+        root: str | Path | None = None,
+        where: Mapping[str, Any] | None = None,
+    ):
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"data: there is no file '{path}'; check the path")
+        self.name = str(path)
+        self._root = Path(root) if root is not None else path.parent
+        if not self._root.is_dir():
+            raise ValueError(f"root: there is no folder '{self._root}'; image paths are relative to it")
+        self._rows = _open_rows(path)
+        if len(self._rows) == 0:
+            raise ValueError(f"data: '{path}' has no rows")
+        columns = list(self._rows[0])
+        self._image_columns = self._pick_images(columns, image_column)
+        self._text_column = self._pick_text(columns, text_column)
+        self._kept: npt.NDArray[np.int64] | None = None
+        if where:
+            kept = [i for i in range(len(self._rows)) if matches(self._rows[i], where)]
+            if not kept:
+                raise nothing_left(self.name, where, columns)
+            self._kept = np.array(kept, dtype=np.int64)
+
+    def _pick_images(self, columns: list[str], named: str | Sequence[str] | None) -> tuple[str, ...]:
+        if named is None:
+            guess = _first_known(columns, IMAGE_COLUMNS)
+            if guess is None:
+                raise ValueError(
+                    f"image_column: no column of '{self.name}' looks like an image path; name it, "
+                    f"columns: {', '.join(columns)}"
+                )
+            log.info("%s: images from column '%s'", self.name, guess)
+            return (guess,)
+        names = (named,) if isinstance(named, str) else tuple(named)
+        for name in names:
+            _check_column("image_column", name, columns, self.name)
+        return names
+
+    def _pick_text(self, columns: list[str], named: str | None) -> str | None:
+        if named is None:
+            guess = _first_known(columns, TEXT_FIELDS)
+            log.info("%s: %s", self.name, f"texts from column '{guess}'" if guess else "no text column")
+            return guess
+        if named:
+            _check_column("text_column", named, columns, self.name)
+        return named or None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the rows (of size and schema for parquet) and of which are kept."""
+        kept = self._kept if self._kept is not None else np.zeros(0, dtype=np.int64)
+        return digest(np.frombuffer(self._rows.fingerprint().encode(), dtype=np.uint8), kept)
+
+    def __len__(self) -> int:
+        return len(self._rows) if self._kept is None else len(self._kept)
+
+    def __getitem__(self, index: int) -> RawSample:
+        """Read row ``index``; its key is the row's number in the file, the first being 0.
+
+        Raises:
+            BadSample: If an image file cannot be read.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = index if self._kept is None else int(self._kept[index])
+        key, fields = str(number), self._rows[number]
+        images: list[tuple[str, bytes]] = []
+        for column in self._image_columns:
+            # An image inside the table is moved to the files: fields stay small.
+            cell = fields.get(column)
+            inside = isinstance(cell, bytes | dict) or (isinstance(cell, list) and any(map(_is_image, cell)))
+            images += self._images(key, column, fields.pop(column, None) if inside else cell)
+        only = len(images) == 1
+        files = {ext if only else f"{i}.{ext}": data for i, (ext, data) in enumerate(images)}
+        return RawSample(key, self.name, files, fields, self._texts(key, fields))
+
+    def _images(self, key: str, column: str, cell: Any) -> list[tuple[str, bytes]]:
+        """Extension and content of the images in one cell."""
+        if isinstance(cell, list):
+            return [image for item in cell for image in self._images(key, column, item)]
+        if isinstance(cell, dict) and not cell.get("bytes"):
+            cell = cell.get("path")
+        if isinstance(cell, bytes | dict):
+            return [("img", cell if isinstance(cell, bytes) else cell["bytes"])]
+        if not cell or not isinstance(cell, str):
+            raise BadSample(key, f"no image path in column '{column}' of '{self.name}'")
+        try:
+            return [(_extension(cell), (self._root / cell).read_bytes())]
+        except (OSError, ValueError) as error:
+            raise BadSample(key, f"cannot read image '{cell}': {error}") from error
+
+    def _texts(self, key: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
+        cell = fields.get(self._text_column) if self._text_column is not None else None
+        cells = cell if isinstance(cell, list) else [cell]
+        return tuple(str(item) for item in cells if item is not None)
+
+
+def _is_image(cell: Any) -> bool:
+    return isinstance(cell, bytes | dict)
+
+
+def _extension(name: str) -> str:
+    suffix = os.path.splitext(name)[1][1:].lower()
+    return suffix if suffix in IMAGE_EXTENSIONS else "img"
+
+
+def _first_known(columns: Sequence[str], known: Sequence[str]) -> str | None:
+    by_name = {column.lower(): column for column in reversed(columns)}
+    return next((by_name[name] for name in known if name in by_name), None)
+
+
+def _check_column(option: str, name: str, columns: Sequence[str], table: str) -> None:
+    if name not in columns:
+        raise ValueError(f"{option}: '{table}' has no column '{name}'; columns: {', '.join(columns)}")
+
+
+class FolderReader:
+    """Images of a folder and its sub-folders in the order of their paths, each with the text of ``<stem>.txt``, if any.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        ValueError: If there is no such folder, or no image in it.
+    """
+
+    def __init__(self, path: str | Path):
+        self._root = Path(path)
+        self.name = str(path)
+        if not self._root.is_dir():
+            raise ValueError(f"data: there is no folder '{path}'; check the path")
+        self._names = Blobs.pack(os.fsencode(name) for name in self._find())
+        if len(self) == 0:
+            raise ValueError(f"data: folder '{path}' holds no images ({', '.join(sorted(IMAGE_EXTENSIONS - {'img'}))})")
+
+    def _find(self) -> Iterator[str]:
+        for folder, folders, names in os.walk(self._root):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                if not name.startswith(".") and _extension(name) != "img":
+                    yield os.path.relpath(os.path.join(folder, name), self._root)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the relative paths."""
+        return digest(self._names.data, self._names.offsets)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> RawSample:
+        """Read image ``index``; its key is the relative path.
+
+        Raises:
+            BadSample: If the image or its text cannot be read.
+        """
+        key = os.fsdecode(self._names[index])
+        path = self._root / key
+        caption = path.with_suffix(".txt")
+        try:
+            files = {_extension(key): path.read_bytes()}
+            texts = (caption.read_text(encoding="utf-8"),) if caption.exists() else ()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadSample(key, f"cannot read it or its caption: {error}") from error
+        return RawSample(key, self.name, files, {"image": key}, texts)

@@ -1,0 +1,285 @@
+"""Encoded image to uint8 pixels, and pixels to the size and look that training or evaluation wants.
+
+Everything stays uint8 [3, H, W] (RGB); the encoder normalises. Random choices come from a NumPy generator that the
+caller keys by the sample's position, so that an augmented image is a pure function of that position.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field, field_validator
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from vlp.config import Config
+from vlp.data.records import BadSample
+
+try:
+    # Deprecated since torchvision 0.29: the day it goes, Pillow decodes everything (JPEG then differs by rounding).
+    from torchvision.io import ImageReadMode
+    from torchvision.io import decode_image as torchvision_decode
+except ImportError:
+    torchvision_decode = None
+
+_ORIENTATION = 0x0112  # EXIF tag
+_SIDES = re.compile(r"\b(left|right)([ -]?(hand(ed)?|most|wards?|side))?\b", re.IGNORECASE)
+
+
+def decode_image(data: bytes, key: str = "image") -> Tensor:
+    """Decode JPEG, PNG, WebP or any other format that Pillow knows.
+
+    Grey and palette images become RGB, transparency is put on white, CMYK is converted, EXIF orientation is applied,
+    16-bit values are scaled to 8 bits (not clipped), of an animation the first frame is taken.
+
+    Args:
+        data: The encoded image.
+        key: Name of the sample, for the error.
+
+    Returns:
+        uint8 [3, H, W], channels last in memory, which resizing is fastest with.
+
+    Raises:
+        BadSample: If the data is no image, is truncated, or has a pixel format without a known range.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if _is_plain(image, data):
+                try:
+                    return torchvision_decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+                except RuntimeError:
+                    pass  # odd or broken: Pillow decides which, below
+            return rgb_tensor(image)
+    except UnidentifiedImageError as error:
+        raise BadSample(key, f"not an image that can be read ({len(data)} bytes)") from error
+    # Pillow reports broken data as any of these, depending on the format.
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
+        raise BadSample(key, f"broken image: {error}") from error
+
+
+def _is_plain(image: Image.Image, data: bytes) -> bool:
+    """Whether torchvision's decoder, about three times as fast as Pillow, gives the pixels we want."""
+    return (
+        torchvision_decode is not None
+        and image.format in ("JPEG", "PNG", "WEBP")
+        and image.mode in ("RGB", "L")
+        and "transparency" not in image.info
+        and not getattr(image, "is_animated", False)
+        and not (image.format == "PNG" and data[24] > 8)  # bits per channel, at its fixed place
+        and image.getexif().get(_ORIENTATION, 1) == 1
+    )
+
+
+def rgb_tensor(image: Image.Image) -> Tensor:
+    """A Pillow image of any mode as uint8 [3, H, W], by the rules of ``decode_image``.
+
+    Raises:
+        ValueError: If its mode has no known range (float, or integers above 16 bits).
+    """
+    if image.getexif().get(_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_scale_16_bit(np.asarray(image)))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    pixels = np.array(image.convert("RGB"))  # [H, W, 3], copied: torch wants writable memory
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _scale_16_bit(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """0 .. 65535 to 0 .. 255, rounded. Pillow's own conversion clips at 255, which makes nearly all white."""
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError("integer pixels above 16 bits have no known range")
+    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+class ImageTransformConfig(Config):
+    """Size of the images, and how training varies them. Augmentation is off unless set, flips excepted."""
+
+    image_size: int = Field(default=224, ge=1)
+    """Side of the square image that the encoder gets, in pixels."""
+    resize: Literal["squash", "shortest", "longest"] = "squash"
+    """Squash ignores the aspect ratio; shortest scales the shorter side and cuts the centre; longest scales the longer
+    side and pads."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """Interpolation of every resize, with antialiasing."""
+    fill: int = Field(default=255, ge=0, le=255)
+    """Grey level of pixels that padding, rotation or shearing uncovers."""
+    crop_scale: tuple[float, float] | None = None
+    """Training: a random crop of this share of the area, (smallest, largest), is squashed to size; off if none."""
+    flip: Literal["auto", "never", "always"] = "auto"
+    """Training: mirror half of the images. auto leaves those alone whose text says left or right."""
+    rotation: float = Field(default=0.0, ge=0.0, le=180.0)
+    """Training: rotate by up to this many degrees either way."""
+    color_jitter: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Training: change brightness, contrast and saturation by factors in 1 - x .. 1 + x. Hue stays: texts name it."""
+    randaugment_n: int = Field(default=0, ge=0)
+    """Training: RandAugment operations per image (without invert and cutout), 0 = off."""
+    randaugment_m: int = Field(default=9, ge=0, le=30)
+    """Training: strength of RandAugment, 0 to 30."""
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _check_crop_scale(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0.0 < value[0] <= value[1] <= 1.0:
+            raise ValueError(f"{value} must be two shares of the area with 0 < smallest <= largest <= 1")
+        return value
+
+
+class EvalTransform:
+    """Resize only: uint8 [3, H, W] to uint8 [3, image_size, image_size]."""
+
+    def __init__(self, config: ImageTransformConfig):
+        self.config = config
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Resize ``image``, uint8 [3, H, W]."""
+        return resize(image, self.config)
+
+
+class TrainTransform:
+    """Resize and augment: uint8 [3, H, W] to uint8 [3, image_size, image_size]."""
+
+    def __init__(self, config: ImageTransformConfig):
+        self.config = config
+
+    def __call__(self, image: Tensor, generator: np.random.Generator, texts: Sequence[str] = ()) -> Tensor:
+        """Augment one image.
+
+        Args:
+            image: uint8 [3, H, W].
+            generator: Source of all choices, see ``order.keyed_generator``.
+            texts: Texts of the sample, which decide whether it may be mirrored.
+        """
+        config = self.config
+        if config.crop_scale is None:
+            image = resize(image, config)
+        else:
+            image = _random_crop(image, config, config.crop_scale, generator)
+        # Drawn even if unused, so that one text does not change the other choices.
+        if generator.random() < 0.5 and may_flip(config, texts):
+            image = F.horizontal_flip(image)
+        if config.rotation:
+            angle = generator.uniform(-config.rotation, config.rotation)
+            image = F.rotate(image, angle, InterpolationMode.BILINEAR, fill=[float(config.fill)] * 3)
+        if config.color_jitter:
+            image = _jitter(image, config.color_jitter, generator)
+        for _ in range(config.randaugment_n):
+            image = _randaugment(image, config, generator)
+        return image
+
+
+def may_flip(config: ImageTransformConfig, texts: Sequence[str]) -> bool:
+    """Whether a sample with these texts may be mirrored."""
+    return config.flip == "always" or (config.flip == "auto" and not any(_SIDES.search(text) for text in texts))
+
+
+def _mode(config: ImageTransformConfig) -> InterpolationMode:
+    return InterpolationMode(config.interpolation)
+
+
+def resize(image: Tensor, config: ImageTransformConfig) -> Tensor:
+    """Bring uint8 [3, H, W] to [3, image_size, image_size] by ``config.resize``."""
+    side = config.image_size
+    height, width = image.shape[-2:]
+    if config.resize == "squash":
+        return F.resize(image, [side, side], _mode(config), antialias=True)
+    if config.resize == "shortest":
+        scaled = F.resize(image, [side], _mode(config), antialias=True)
+        return F.center_crop(scaled, [side, side])
+    scale = side / max(height, width)
+    new = [max(1, round(height * scale)), max(1, round(width * scale))]
+    top, left = (side - new[0]) // 2, (side - new[1]) // 2
+    padding = [left, top, side - new[1] - left, side - new[0] - top]
+    return F.pad(F.resize(image, new, _mode(config), antialias=True), padding, fill=[float(config.fill)] * 3)
+
+
+def _random_crop(
+    image: Tensor, config: ImageTransformConfig, scale: tuple[float, float], generator: np.random.Generator
+) -> Tensor:
+    """A crop of random area and aspect ratio (3/4 to 4/3, as everywhere), squashed to size."""
+    height, width = image.shape[-2:]
+    for _ in range(10):  # as torchvision: give up after ten crops that stick out
+        area = height * width * generator.uniform(*scale)
+        ratio = np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
+        h, w = round(float(np.sqrt(area / ratio))), round(float(np.sqrt(area * ratio)))
+        if 0 < h <= height and 0 < w <= width:
+            top, left = int(generator.integers(height - h + 1)), int(generator.integers(width - w + 1))
+            break
+    else:
+        # An image longer than 4:3 gets the largest central crop of that shape.
+        h, w = min(height, max(1, round(width * 4 / 3))), min(width, max(1, round(height * 4 / 3)))
+        top, left = (height - h) // 2, (width - w) // 2
+    return F.resized_crop(image, top, left, h, w, [config.image_size] * 2, _mode(config), antialias=True)
+
+
+def _jitter(image: Tensor, strength: float, generator: np.random.Generator) -> Tensor:
+    operations: list[Callable[[Tensor, float], Tensor]] = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation]
+    for i in generator.permutation(3):
+        image = operations[i](image, float(generator.uniform(1 - strength, 1 + strength)))
+    return image
+
+
+_RANDAUGMENT = [
+    "identity",
+    "auto_contrast",
+    "equalize",
+    "brightness",
+    "color",
+    "contrast",
+    "sharpness",
+    "posterize",
+    "solarize",
+    "rotate",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+]
+
+
+def _randaugment(image: Tensor, config: ImageTransformConfig, generator: np.random.Generator) -> Tensor:
+    """One operation of RandAugment, with torchvision's ranges (m = 30 is the far end)."""
+    name = _RANDAUGMENT[int(generator.integers(len(_RANDAUGMENT)))]
+    strength = config.randaugment_m / 30  # 0 .. 1
+    sign = 1 if generator.random() < 0.5 else -1
+    factor = 1 + 0.9 * strength * sign
+    side = config.image_size
+    if name == "identity":
+        return image
+    if name == "auto_contrast":
+        return F.autocontrast(image)
+    if name == "equalize":
+        return F.equalize(image)
+    if name == "brightness":
+        return F.adjust_brightness(image, factor)
+    if name == "color":
+        return F.adjust_saturation(image, factor)
+    if name == "contrast":
+        return F.adjust_contrast(image, factor)
+    if name == "sharpness":
+        return F.adjust_sharpness(image, factor)
+    if name == "posterize":
+        return F.posterize(image, 8 - round(4 * strength))
+    if name == "solarize":
+        return F.solarize(image, 255 * (1 - strength))
+    angle, shear, shift = 0.0, [0.0, 0.0], [0, 0]
+    if name == "rotate":
+        angle = 30 * strength * sign
+    elif name.startswith("shear"):
+        shear[name == "shear_y"] = float(np.degrees(np.arctan(0.3 * strength * sign)))
+    else:
+        shift[name == "translate_y"] = round(150 / 331 * side * strength * sign)
+    fill = [float(config.fill)] * 3
+    return F.affine(image, angle, shift, 1.0, shear, InterpolationMode.BILINEAR, fill)
