@@ -1,0 +1,1 @@
+"""Reading image-text data: readers, order, transforms, tokenizer, batches."""
