@@ -1,0 +1,1 @@
+"""Tasks on a pretrained model: data, official metric, prediction and finetuning, one file per task."""
