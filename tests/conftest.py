@@ -1,0 +1,1 @@
+"""Marks the folder whose modules (``helpers``) every test may import."""
