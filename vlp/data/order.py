@@ -6,23 +6,10 @@ state of a reader is how many positions are done.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-
-def keyed_generator(seed: int, name: str, position: int) -> np.random.Generator:
-    """A generator that depends on nothing but its key, for draws that belong to one sample.
-
-    Args:
-        seed: Seed of the run.
-        name: What is drawn ("image", "mlm", ...), so that adding one kind of draw leaves the others as they were.
-        position: Position of the sample in the run.
-    """
-    digest = hashlib.blake2b(f"{seed}/{name}/{position}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
 
 
 class Order:

@@ -17,7 +17,7 @@ from vlp.data.shards import ShardReader
 from vlp.data.table import TABLE_SUFFIXES, FolderReader, TableReader
 from vlp.data.transforms import decode_image
 
-__all__ = ["BadSample", "RawSample", "Reader", "Sample", "decode_sample", "open_reader"]
+__all__ = ["BadSample", "RawSample", "Reader", "Sample", "decode_sample", "decode_texts", "open_reader"]
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # names of the Hugging Face image folder
 
@@ -151,10 +151,7 @@ def decode_sample(
     Raises:
         BadSample: If an image cannot be decoded, a text is empty or not UTF-8, or a part is missing.
     """
-    fields = dict(raw.fields)
-    for extension, data in raw.files.items():
-        if extension == "json" or extension.endswith(".json"):
-            fields |= _json_fields(raw.key, extension, data)
+    fields = _fields(raw)
     texts, text_members = _texts(raw, fields, text)
     images = _image_members(raw, image)
     used = {*images, *text_members}
@@ -168,6 +165,29 @@ def decode_sample(
         raise BadSample(raw.key, "empty caption")
     decoded = tuple(decode_image(raw.files[extension], raw.key) for extension in images)
     return Sample(raw.key, decoded, tuple(item for item in stripped if item), fields)
+
+
+def decode_texts(raw: RawSample, *, text: str | None = None) -> tuple[str, ...]:
+    """Return one sample's texts, stripped, without those that are empty; no image is decoded.
+
+    Args:
+        raw: As read.
+        text: Shards: member or json field that holds the text.
+
+    Raises:
+        BadSample: If a text is not UTF-8 or a json member is broken.
+    """
+    texts, _ = _texts(raw, _fields(raw), text)
+    return tuple(item.strip() for item in texts if item.strip())
+
+
+def _fields(raw: RawSample) -> dict[str, Any]:
+    """Columns of the row, and the content of json members."""
+    fields = dict(raw.fields)
+    for extension, data in raw.files.items():
+        if _is_json(extension):
+            fields |= _json_fields(raw.key, extension, data)
+    return fields
 
 
 def _last(extension: str) -> str:

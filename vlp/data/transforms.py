@@ -107,8 +107,8 @@ def _scale_16_bit(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 class ImageTransformConfig(Config):
     """Size of the images, and how training varies them. Augmentation is off unless set, flips excepted."""
 
-    image_size: int = Field(default=224, ge=1)
-    """Side of the square image that the encoder gets, in pixels."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side of the square image that the encoder gets, in pixels; none = the vision encoder's."""
     resize: Literal["squash", "shortest", "longest"] = "squash"
     """Squash ignores the aspect ratio; shortest scales the shorter side and cuts the centre; longest scales the longer
     side and pads."""
@@ -128,6 +128,12 @@ class ImageTransformConfig(Config):
     """Training: RandAugment operations per image (without invert and cutout), 0 = off."""
     randaugment_m: int = Field(default=9, ge=0, le=30)
     """Training: strength of RandAugment, 0 to 30."""
+
+    @property
+    def side(self) -> int:
+        """The image size, once it is known."""
+        assert self.image_size is not None, "settle(run) takes it from the vision encoder"
+        return self.image_size
 
     @field_validator("crop_scale")
     @classmethod
@@ -159,7 +165,7 @@ class TrainTransform:
 
         Args:
             image: uint8 [3, H, W].
-            generator: Source of all choices, see ``order.keyed_generator``.
+            generator: Source of all choices, see ``objectives.base.Draw.sample``.
             texts: Texts of the sample, which decide whether it may be mirrored.
         """
         config = self.config
@@ -191,7 +197,7 @@ def _mode(config: ImageTransformConfig) -> InterpolationMode:
 
 def resize(image: Tensor, config: ImageTransformConfig) -> Tensor:
     """Bring uint8 [3, H, W] to [3, image_size, image_size] by ``config.resize``."""
-    side = config.image_size
+    side = config.side
     height, width = image.shape[-2:]
     if config.resize == "squash":
         return F.resize(image, [side, side], _mode(config), antialias=True)
@@ -221,7 +227,7 @@ def _random_crop(
         # An image longer than 4:3 gets the largest central crop of that shape.
         h, w = min(height, max(1, round(width * 4 / 3))), min(width, max(1, round(height * 4 / 3)))
         top, left = (height - h) // 2, (width - w) // 2
-    return F.resized_crop(image, top, left, h, w, [config.image_size] * 2, _mode(config), antialias=True)
+    return F.resized_crop(image, top, left, h, w, [config.side] * 2, _mode(config), antialias=True)
 
 
 def _jitter(image: Tensor, strength: float, generator: np.random.Generator) -> Tensor:
@@ -255,7 +261,7 @@ def _randaugment(image: Tensor, config: ImageTransformConfig, generator: np.rand
     strength = config.randaugment_m / 30  # 0 .. 1
     sign = 1 if generator.random() < 0.5 else -1
     factor = 1 + 0.9 * strength * sign
-    side = config.image_size
+    side = config.side
     if name == "identity":
         return image
     if name == "auto_contrast":

@@ -3,7 +3,8 @@ import pickle
 import numpy as np
 import pytest
 
-from vlp.data.order import Order, batch_positions, keyed_generator, rank_slice
+from objectives.base import Draw
+from vlp.data.order import Order, batch_positions, rank_slice
 
 
 def test_each_epoch_is_another_permutation():
@@ -56,9 +57,9 @@ def test_last_batch_is_short():
     assert len(batch_positions(20, 8, 20)) == 0
 
 
-def test_keyed_generator_is_pure_and_keys_are_independent():
-    assert keyed_generator(1, "image", 5).random() == keyed_generator(1, "image", 5).random()
-    draws = {keyed_generator(s, n, p).random() for s in (0, 1) for n in ("image", "mlm") for p in (0, 1)}
+def test_per_sample_draws_are_pure_and_keys_are_independent():
+    assert Draw(1).sample("image", 5).random() == Draw(1).sample("image", 5).random()
+    draws = {Draw(s).sample(n, p).random() for s in (0, 1) for n in ("image", "mlm") for p in (0, 1)}
     assert len(draws) == 8
 
 

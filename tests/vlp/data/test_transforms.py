@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from vlp.data import transforms
-from vlp.data.order import keyed_generator
+from objectives.base import Draw
 from vlp.data.records import BadSample
 from vlp.data.transforms import (
     EvalTransform,
@@ -199,10 +199,10 @@ STRONG = ImageTransformConfig(
 
 def test_training_view_is_a_function_of_the_key():
     train, image = TrainTransform(STRONG), image_of()
-    views = [train(image, keyed_generator(0, "image", p), ["a dog"]) for p in range(20)]
+    views = [train(image, Draw(0).sample("image", p), ["a dog"]) for p in range(20)]
     for p in reversed(range(20)):
         torch.manual_seed(p)  # the global generator plays no part
-        assert torch.equal(train(image, keyed_generator(0, "image", p), ["a dog"]), views[p])
+        assert torch.equal(train(image, Draw(0).sample("image", p), ["a dog"]), views[p])
     assert all(view.shape == (3, 24, 24) and view.dtype == torch.uint8 for view in views)
     assert len({view.numpy().tobytes() for view in views}) == 20
 
@@ -210,12 +210,12 @@ def test_training_view_is_a_function_of_the_key():
 def test_flip_is_off_for_left_and_right():
     image = image_of(24, 24)
     train = TrainTransform(ImageTransformConfig(image_size=24))
-    plain = [train(image, keyed_generator(0, "image", p), ["a dog"]) for p in range(100)]
+    plain = [train(image, Draw(0).sample("image", p), ["a dog"]) for p in range(100)]
     flipped = [torch.equal(view, image.flip(-1)) for view in plain]
     assert 30 < sum(flipped) < 70
     assert all(f or torch.equal(view, image) for f, view in zip(flipped, plain))
     for texts in (["a dog", "Left arrow"], ["on the right-hand side"], ["leftmost cup"], ["rightwards arrow"]):
-        assert all(torch.equal(train(image, keyed_generator(0, "image", p), texts), image) for p in range(20))
+        assert all(torch.equal(train(image, Draw(0).sample("image", p), texts), image) for p in range(20))
     assert may_flip(train.config, ["a bright copyright", "gleft over"])
     assert may_flip(ImageTransformConfig(flip="always"), ["left"])
     assert not may_flip(ImageTransformConfig(flip="never"), ["a dog"])
@@ -224,7 +224,7 @@ def test_flip_is_off_for_left_and_right():
 def test_text_changes_the_flip_only():
     config = STRONG.model_copy(update={"rotation": 0.0, "randaugment_n": 0})
     train, image = TrainTransform(config), image_of()
-    pairs = [[train(image, keyed_generator(0, "i", p), [text]) for text in ("dog", "left")] for p in range(20)]
+    pairs = [[train(image, Draw(0).sample("i", p), [text]) for text in ("dog", "left")] for p in range(20)]
     same = [torch.equal(a, b) for a, b in pairs]
     assert 4 < sum(same) < 16
     assert all(s or (a.flip(-1).int() - b.int()).abs().max() <= 2 for s, (a, b) in zip(same, pairs))
@@ -237,7 +237,7 @@ def test_crops_cover_the_asked_share():
     train = TrainTransform(ImageTransformConfig(image_size=16, crop_scale=(0.25, 0.5), flip="never"))
     shares = []
     for p in range(50):
-        view = train(image, keyed_generator(0, "i", p)).float()
+        view = train(image, Draw(0).sample("i", p)).float()
         # Outer pixels are centres of cells of size span / 15.
         height, width = ((view[c].max() - view[c].min()).item() * 16 / 15 for c in (0, 1))
         shares.append(height * width / side**2)
@@ -247,7 +247,7 @@ def test_crops_cover_the_asked_share():
 
 def test_crop_of_a_very_long_image():
     train = TrainTransform(ImageTransformConfig(image_size=16, crop_scale=(0.9, 1.0)))
-    assert train(image_of(10, 200), keyed_generator(0, "i", 0)).shape == (3, 16, 16)
+    assert train(image_of(10, 200), Draw(0).sample("i", 0)).shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("name", transforms._RANDAUGMENT)
@@ -255,14 +255,14 @@ def test_each_randaugment_operation(name, monkeypatch):
     monkeypatch.setattr(transforms, "_RANDAUGMENT", [name])
     config = ImageTransformConfig(image_size=24, flip="never", randaugment_n=1, randaugment_m=15)
     image = EvalTransform(config)(image_of())
-    view = TrainTransform(config)(image_of(), keyed_generator(0, "i", 0))
+    view = TrainTransform(config)(image_of(), Draw(0).sample("i", 0))
     assert view.shape == (3, 24, 24) and view.dtype == torch.uint8
     assert torch.equal(view, image) == (name == "identity")
 
 
 def test_rotation_uncovers_the_fill():
     config = ImageTransformConfig(image_size=24, flip="never", rotation=45.0, fill=9)
-    views = [TrainTransform(config)(image_of(), keyed_generator(0, "i", p)) for p in range(5)]
+    views = [TrainTransform(config)(image_of(), Draw(0).sample("i", p)) for p in range(5)]
     assert any((view[:, 0, 0] == 9).all() for view in views)
 
 

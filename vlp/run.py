@@ -1,0 +1,102 @@
+"""The run's config tree, and its parts assembled: tokenizer, data and model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import Field
+
+from encoders import TextConfig
+from objectives import ObjectiveConfig
+from vlp.config import Config
+from vlp.data.loader import DataConfig
+from vlp.data.reader import BadSample, Reader, decode_texts, open_reader
+from vlp.data.tokenizer import Tokenizer, build_tokenizer
+from vlp.model import Model, ModelConfig, build_model
+from vlp.train.loop import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+
+class RunConfig(Config):
+    """One run: a recipe, resolved."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    """What is trained."""
+    objectives: dict[str, ObjectiveConfig] = Field(default_factory=dict)
+    """What it is trained for, by name; an objective's kind defaults to its name."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """What it is trained on."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """How it is trained."""
+
+
+R = TypeVar("R", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is assembled from its config."""
+
+    run: RunConfig
+    """The config with everything resolved that the parts decided (vocabulary size, mean and std)."""
+    model: Model
+    tokenizer: Tokenizer
+    reader: Reader | None
+    """Training data; None where the run names none."""
+
+
+def settle(run: R) -> R:
+    """Fill what one part of the tree takes from another: the transform's image size is the vision encoder's.
+
+    Raises:
+        ValueError: the tree states the two differently.
+    """
+    side, wanted = run.model.vision.image_size, run.data.transform.image_size
+    if wanted is not None and wanted != side:
+        raise ValueError(f"data.transform.image_size {wanted} is not model.vision.image_size {side}; leave the first one out")
+    if isinstance(run.model.text, TextConfig) and run.data.max_length > run.model.text.max_length:
+        raise ValueError(f"data.max_length {run.data.max_length} is more than model.text.max_length {run.model.text.max_length}; "
+                         "lower the first or raise the second")
+    transform = run.data.transform.model_copy(update={"image_size": side})
+    return run.model_copy(update={"data": run.data.model_copy(update={"transform": transform})})
+
+
+def captions(reader: Reader, data: DataConfig) -> Iterator[str]:
+    """Yield the data's texts without decoding an image; samples that cannot be read are left to the loader to count."""
+    for index in range(len(reader)):
+        try:
+            yield from decode_texts(reader[index], text=data.text)
+        except BadSample:
+            continue
+
+
+def assemble(run: RunConfig, *, tokenizer: Tokenizer | None = None, pretrained: bool = True) -> Parts:
+    """Open the training data, make the tokenizer and build the model.
+
+    Args:
+        run: the config.
+        tokenizer: an existing one (resume, finetuning) instead of the recipe's.
+        pretrained: fill parts from published weights where the recipe says so.
+
+    Raises:
+        ValueError: something is missing or does not fit; one line each.
+    """
+    run = settle(run)
+    reader = open_training_data(run.data) if run.data.train else None
+    if tokenizer is None:
+        texts: Iterator[str] = captions(reader, run.data) if reader is not None else iter(())
+        tokenizer = build_tokenizer(run.data.tokenizer, texts)
+    model = build_model(run.model, run.objectives, vocabulary_size=tokenizer.vocabulary.size, seed=run.train.seed,
+                        pretrained=pretrained)
+    objectives: Mapping[str, ObjectiveConfig] = model.objective_configs
+    run = run.model_copy(update={"model": model.config, "objectives": dict(objectives)})
+    return Parts(run, model, tokenizer, reader)
+
+
+def open_training_data(data: DataConfig) -> Reader:
+    """Open the reader of ``data.train``."""
+    return open_reader(data.train, image=data.image, text=data.text, root=data.root, where=data.where)

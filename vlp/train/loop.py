@@ -1,0 +1,233 @@
+"""The training loop: steps of samples, a log, checkpoints, and a clean end on a signal."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from objectives.base import Objective
+from objectives.collectives import rank, sum_no_grad, world_size
+from vlp.config import Config
+from vlp.data.loader import Loader, Prepare, pair_example
+from vlp.train.health import Watch, chance_levels
+from vlp.train.log import RunLog
+from vlp.train.optim import OptimConfig
+from vlp.train.state import TrainState
+from vlp.train.step import NonFiniteError, StepReport, TrainStep
+
+if TYPE_CHECKING:
+    from vlp.run import Parts
+
+logger = logging.getLogger(__name__)
+
+
+class TrainConfig(Config):
+    """How the model is trained. Durations are in samples, over all ranks."""
+
+    samples: int = Field(1_000_000, ge=1)
+    """Samples to train on, all passes over the data counted."""
+    global_batch: int = Field(256, ge=1)
+    """Samples of one optimizer step, over all ranks and accumulation."""
+    micro_batch: int = Field(256, ge=1)
+    """Largest batch that one rank runs at a time; the rest of its share is accumulated, exactly also for ITC."""
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 autocast on CUDA, fp32 elsewhere."""
+    compile: bool = False
+    """torch.compile the encoders and the fusion (GPU)."""
+    seed: int = 0
+    """Of initial weights, data order, masks and negatives."""
+    save_every: int | None = None
+    """Samples between checkpoints; None = only at the end and when interrupted."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints kept, newest first."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two records of the log."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
+
+    checkpoint: Path
+    """The last checkpoint."""
+    seen: int
+    """Samples seen."""
+    finished: bool
+    """Whether all samples were seen (else a signal ended it)."""
+
+
+def micro_batches(config: TrainConfig, world: int) -> int:
+    """Return into how many micro-batches each rank cuts its share of a step.
+
+    Raises:
+        ValueError: the global batch has fewer samples than there are ranks.
+    """
+    if config.global_batch < world:
+        raise ValueError(f"train.global_batch {config.global_batch} is less than the {world} ranks; raise it or use fewer")
+    share = -(-config.global_batch // world)
+    return -(-share // config.micro_batch)
+
+
+def train(parts: Parts, folder: Path, device: torch.device, *, prepare: Prepare = pair_example, command: str = "",
+          seen: int = 0, restored: Mapping[str, Any] | None = None) -> Outcome:
+    """Train ``parts.model`` in place on ``parts.reader``.
+
+    Args:
+        parts: the assembled run; its model on any device.
+        folder: the run's: log, checkpoints.
+        device: of this rank.
+        prepare: sample -> example (a finetuning task gives its own).
+        command: for the model card.
+        seen: samples that the run had seen at its checkpoint.
+        restored: the training state of that checkpoint.
+
+    Raises:
+        ValueError: the data are unusable.
+        NonFiniteError: a loss or gradient was not finite; nothing was updated, the batch lies in the folder.
+    """
+    config = parts.run.train
+    assert parts.reader is not None
+    model = parts.model.to(device).train()
+    number = micro_batches(config, world_size())
+    loader = Loader(parts.reader, prepare, parts.tokenizer, model.text_views(), parts.run.data, seed=config.seed,
+                    global_batch=config.global_batch, micro_batches=number, rank=rank(), world=world_size())
+    step = TrainStep(wrap(model, config, device), config.optim, seed=config.seed, total=config.samples,
+                     precision=config.precision)
+    state = TrainState(folder, parts, step, command, keep=config.keep)
+    if restored is not None:
+        state.restore(restored)
+    objectives = {name: one for name, one in model.objectives.items() if isinstance(one, Objective)}
+    watch = Watch(chance_levels(objectives, config.global_batch), patience=max(config.samples // 5, 20 * config.global_batch))
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        logger.info("global batch %d = %d ranks x %d micro-batches x up to %d", config.global_batch, world_size(), number,
+                    config.micro_batch)
+        logger.info("chance levels: %s", ", ".join(f"{name} {level:.3f}" for name, level in watch.chances.items()))
+    log = RunLog(folder, config.samples, seen, watch.chances, quiet=rank() != 0)
+    meter = Meter(device)
+    try:
+        with stop_signal() as stop:
+            for batches in timed(loader.steps(seen, config.samples), meter):
+                report = step(batches)
+                seen = report.seen
+                meter.add(report)
+                last = seen >= config.samples
+                if meter.steps == config.log_every or last:
+                    record = meter.record()
+                    log.write(record)
+                    for sentence in watch.look(seen, losses_of(record), record["wait_share"]):
+                        logger.warning(sentence)
+                due = config.save_every is not None and seen // config.save_every > report.started // config.save_every
+                stopping = bool(agreed(stop.is_set(), device))
+                if due or last or stopping:
+                    state.save(seen, meter.latest)
+                if stopping and not last:
+                    logger.warning("stopped by a signal at %d samples; go on with --resume %s", seen, folder)
+                    break
+    except NonFiniteError as error:
+        path = state.keep_batch(error)
+        raise NonFiniteError(f"{error}; the batch is in {path}", error.batches) from error
+    finally:
+        log.close()
+    loader.report_bad()
+    return Outcome(state.latest, seen, seen >= config.samples)
+
+
+def wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+    """Compile and distribute the model where the run asks for it."""
+    if config.compile:
+        for part in ("vision", "text", "fusion"):
+            if isinstance(module := getattr(model, part), nn.Module):
+                module.compile()
+    if world_size() == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                               gradient_as_bucket_view=True)
+
+
+class Meter:
+    """Sums what steps report, on the device, until it is written."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.latest = device, dict[str, Any]()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.samples, self.waited, self.start = 0, 0, 0.0, time.perf_counter()
+
+    def add(self, report: StepReport) -> None:
+        """Add one step."""
+        for name, value in report.scalars.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.steps += 1
+        self.samples += report.seen - report.started
+        self.seen, self.rate = report.seen, report.lr
+
+    def record(self) -> dict[str, Any]:
+        """Return the means since the last record, over all ranks, and begin anew. Synchronises with the device."""
+        names = sorted(self.sums)
+        total = sum_no_grad(torch.stack([self.sums[name].reshape(()).to(self.device) for name in names]))
+        means = (total / (self.steps * world_size())).tolist()
+        elapsed = time.perf_counter() - self.start
+        self.latest = {"seen": self.seen, **dict(zip(names, means, strict=True)), "lr": self.rate,
+                       "samples_per_second": self.samples / elapsed, "wait_share": min(self.waited / elapsed, 1.0)}
+        self._clear()
+        return self.latest
+
+
+def losses_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the losses of a log record by objective."""
+    return {name.removesuffix("/loss"): value for name, value in record.items() if name.endswith("/loss")}
+
+
+def timed(steps: Iterator[Any], meter: Meter) -> Iterator[Any]:
+    """Pass ``steps`` on, counting in ``meter`` the time that each was waited for."""
+    while True:
+        start = time.perf_counter()
+        try:
+            batches = next(steps)
+        except StopIteration:
+            return
+        meter.waited += time.perf_counter() - start
+        yield batches
+
+
+def agreed(stop: bool, device: torch.device) -> bool:
+    """Return whether any rank wants to stop, the same answer on all."""
+    return stop if world_size() == 1 else bool(sum_no_grad(torch.tensor(float(stop), device=device)).item())
+
+
+@contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """Give an event that SIGTERM and ctrl-C set; a second ctrl-C interrupts at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,83 @@
+"""What training leaves behind and comes back to: checkpoints with the optimizer's state.
+
+Nothing else needs a state: data order, masks, negatives and dropout are pure functions of (seed, samples seen, rank).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from objectives.collectives import rank, world_size
+from vlp.checkpoint.native import find_checkpoint, save_checkpoint
+from vlp.train.step import NonFiniteError, TrainStep
+
+if TYPE_CHECKING:
+    from vlp.run import Parts
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "train_state.pt"
+
+
+class TrainState:
+    """Saves and restores one run.
+
+    Args:
+        folder: of the run.
+        parts: what is saved beside the weights.
+        step: holder of optimizer and averages.
+        command: for the model card.
+        keep: checkpoints to keep, newest first.
+    """
+
+    def __init__(self, folder: Path, parts: Parts, step: TrainStep, command: str, keep: int) -> None:
+        self.folder, self.parts, self.step, self.command, self.keep = folder, parts, step, command, keep
+        self.latest = folder
+
+    def save(self, seen: int, metrics: Mapping[str, Any]) -> None:
+        """Write the checkpoint of ``seen`` samples; all ranks wait until it is whole."""
+        from vlp.checkpoint.card import model_card
+
+        self.latest = self.folder / "checkpoints" / f"{seen:012d}"
+        if rank() == 0:
+            buffer = io.BytesIO()
+            torch.save({"seen": seen, **self.step.state_dict()}, buffer)
+            card = model_card(self.parts.run, metrics, self.command, self.parts.model)
+            save_checkpoint(self.latest, self.parts.model, self.parts.run, self.parts.tokenizer, card,
+                            {STATE_FILE: buffer.getvalue()})
+            for old in sorted(self.folder.glob("checkpoints/[0-9]*"))[: -self.keep]:
+                shutil.rmtree(old)
+        if world_size() > 1:
+            dist.barrier()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up the state of a checkpoint."""
+        self.step.load_state_dict({name: value for name, value in state.items() if name != "seen"})
+
+    def keep_batch(self, error: NonFiniteError) -> Path:
+        """Write the batch of a step that gave no finite loss; return where."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"nonfinite_rank{rank()}.pt"
+        torch.save([batch.to("cpu") for batch in error.batches], path)
+        return path
+
+
+def read_state(run: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the newest whole checkpoint of a run folder and its training state.
+
+    Raises:
+        ValueError: there is none, or it holds no training state.
+    """
+    checkpoint = find_checkpoint(run)
+    path = checkpoint / STATE_FILE
+    if not path.is_file():
+        raise ValueError(f"--resume {run}: {checkpoint.name} holds no training state; use it with --init instead")
+    return checkpoint, torch.load(path, map_location="cpu", weights_only=True)
