@@ -1,0 +1,225 @@
+"""What a task is: what it finetunes, how it is scored, and what it leaves per sample.
+
+A task is one file with one config class, a :class:`TaskConfig`; the union of kinds stands in ``downstream/tasks.py``. Its
+methods take ``Parts`` (model, tokenizer, resolved run), which is what training ends with and what a checkpoint loads to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+
+from encoders.types import Batch
+from objectives import ObjectiveConfig
+from objectives.collectives import rank, world_size
+from vlp.config import Config
+from vlp.data.batch import Example, collate
+from vlp.data.loader import DataConfig, Prepare
+from vlp.data.order import rank_slice
+from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
+from vlp.data.records import IMAGE_EXTENSIONS
+from vlp.data.table import IMAGE_COLUMNS
+from vlp.data.transforms import EvalTransform
+from vlp.model import Model
+
+if TYPE_CHECKING:
+    from vlp.run import Parts, RunConfig
+
+R = TypeVar("R", bound="RunConfig")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation gives."""
+
+    metrics: dict[str, float]
+    """By their usual names; accuracies and recalls in 0..1, CIDEr-D in 0..10."""
+    floors: dict[str, float]
+    """What blindness reaches, of the headline metric: "majority", "question only", "chance", ..."""
+    predictions: list[dict[str, Any]]
+    """One plain mapping a sample, in the data's order; each has "key"."""
+    bad: dict[str, str] = field(default_factory=dict)
+    """Samples left out because they could not be used: key -> reason."""
+    notes: tuple[str, ...] = ()
+    """Sentences a reader of the numbers must know (which definition, what could not be computed and why)."""
+
+
+class TaskConfig(Config):
+    """Base of the tasks: settings, and what is done with them. Stateless; all ranks call the same methods."""
+
+    batch: int = Field(128, ge=1)
+    """Samples that evaluation runs at once."""
+
+    headline: ClassVar[str]
+    """The metric that tables and floors are about."""
+
+    def survey(self, reader: Reader, data: DataConfig) -> Any:
+        """Return what the task wants to know of the training data (answer list, most frequent caption); one pass.
+
+        Raises:
+            ValueError: the data are not this task's.
+        """
+        return None
+
+    def settings(self, data: DataConfig) -> DataConfig:
+        """Return the data's settings with this task's defaults for what the user left open (the text column)."""
+        return data
+
+    def adapt(self, run: R, pretrained: Mapping[str, ObjectiveConfig], survey: Any) -> R:
+        """Turn the run into this task's: its objectives, and a model that has exactly the parts these train.
+
+        Args:
+            run: finetuning config; ``run.model`` is the checkpoint's, ``run.objectives`` what the user stated.
+            pretrained: the checkpoint's objectives, for the task to keep or drop.
+            survey: of the training data.
+        """
+        raise AssertionError(f"{type(self).__name__} does not define adapt")
+
+    def prepare(self, run: RunConfig) -> Prepare:
+        """Return how a training sample becomes an example; picklable."""
+        raise AssertionError(f"{type(self).__name__} does not define prepare")
+
+    def lacks(self, model: Model) -> str | None:
+        """Return what the model lacks for this task, in words; None = it can be evaluated as it is."""
+        raise AssertionError(f"{type(self).__name__} does not define lacks")
+
+    def evaluate(self, parts: Parts, reader: Reader, survey: Any = None) -> Result:
+        """Score the model on labelled data; ``survey`` (of the training data) is what floors are computed from.
+
+        Raises:
+            ValueError: the data have no labels, or the model lacks what it needs.
+        """
+        raise AssertionError(f"{type(self).__name__} does not define evaluate")
+
+    def predict(self, parts: Parts, reader: Reader) -> Iterator[dict[str, Any]]:
+        """Yield one prediction a sample of unlabelled data."""
+        raise AssertionError(f"{type(self).__name__} does not define predict")
+
+
+@dataclass(frozen=True)
+class EvalSample:
+    """A decoded sample and whose image it holds."""
+
+    sample: Sample
+    image: str
+    """Equal for samples of one source that show the same image."""
+
+
+def read_samples(
+    reader: Reader,
+    data: DataConfig,
+    bad: dict[str, str],
+    *,
+    images: bool = True,
+    texts: bool = True,
+    indices: Sequence[int] | None = None,
+) -> Iterator[EvalSample]:
+    """Yield the reader's samples in order; those that cannot be used are noted in ``bad``.
+
+    Args:
+        reader: the data.
+        data: names the members or columns.
+        bad: key -> reason, filled.
+        images: decode images (else they are neither needed nor touched).
+        texts: a sample without text is bad.
+        indices: only these.
+    """
+    for index in range(len(reader)) if indices is None else indices:
+        try:
+            raw = reader[index]
+            read = raw if images else without_images(raw)
+            sample = decode_sample(
+                read, image=data.image if images else None, text=data.text, need_image=images, need_text=texts
+            )
+        except BadSample as error:
+            bad[error.key] = error.reason
+            continue
+        yield EvalSample(sample, f"{raw.source}:{image_key(sample, data)}")
+
+
+def without_images(raw: RawSample) -> RawSample:
+    """Return the sample without its image members, so that nothing is decoded."""
+    return replace(
+        raw,
+        files={name: content for name, content in raw.files.items() if name.rsplit(".", 1)[-1] not in IMAGE_EXTENSIONS},
+    )
+
+
+def image_key(sample: Sample, data: DataConfig) -> str:
+    """Return what names the sample's image within its source: field image_id, its path, else the sample's own key."""
+    columns = [data.image] if isinstance(data.image, str) else list(data.image or ())
+    for name in ("image_id", *columns, *IMAGE_COLUMNS):
+        if isinstance(value := sample.fields.get(name), str | int):
+            return str(value)
+    return sample.key
+
+
+def batches(parts: Parts, samples: Iterator[EvalSample], size: int) -> Iterator[tuple[list[EvalSample], Batch]]:
+    """Yield samples in batches with their clean view on the model's device: image and first text of each.
+
+    A sample without text gets an empty one.
+    """
+    for group in groups(samples, size):
+        examples = [
+            Example(one.sample.key, one.sample.images, (one.sample.texts or ("",))[0], {}, {}, number)
+            for number, one in enumerate(group)
+        ]
+        yield group, make_batch(parts, examples)
+
+
+def make_batch(parts: Parts, examples: Sequence[Example]) -> Batch:
+    """Resize and tokenise examples for evaluation -> batch on the model's device, view "clean" only."""
+    resize, data = EvalTransform(parts.run.data.transform), parts.run.data
+    resized = [replace(one, images=tuple(resize(image) for image in one.images)) for one in examples]
+    batch = collate(resized, range(len(resized)), parts.tokenizer, {}, data.max_length, 0)
+    return batch.to(parts.model.device)
+
+
+def groups(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of ``size`` items, the last one shorter."""
+    group: list[T] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def my_indices(reader: Reader) -> range:
+    """Return this rank's share of the data: contiguous, so that gathered parts are in the data's order."""
+    return rank_slice(0, len(reader), rank(), world_size())
+
+
+def gather(items: list[T]) -> list[T]:
+    """Return all ranks' items, joined in rank order, on every rank."""
+    if world_size() == 1:
+        return items
+    parts: list[list[T] | None] = [None] * world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part or ()]
+
+
+def gather_bad(bad: Mapping[str, str]) -> dict[str, str]:
+    """Return all ranks' bad samples."""
+    return dict(gather(list(bad.items())))
+
+
+@contextmanager
+def evaluating(model: Model) -> Iterator[None]:
+    """Put the model into eval mode without gradients for the time of the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
