@@ -1,0 +1,202 @@
+"""Decoding equals transformers' on shared weights, with and without a cache; samples stay in the nucleus."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertLMHeadModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+from encoders import PatchConfig, TextConfig
+from encoders.text import rename_bert
+from encoders.types import Tokens, Vocabulary
+from objectives import LmConfig
+from vlp.decoder import DecoderConfig
+from vlp.fusion import NoFusionConfig
+from vlp.generate import GenerationConfig, generate, generate_text, nucleus, trim
+from vlp.model import Model, ModelConfig
+
+WORDS = Vocabulary(size=40, pad=1, cls=2, sep=3, mask=4, bos=2, eos=3)
+SIZES = {"width": 32, "layers": 2, "heads": 4}
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[BertLMHeadModel, Model]:
+    """BERT's decoder with wide random weights (so that texts differ), and our decoder filled from it."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=16,
+        is_decoder=True,
+        add_cross_attention=True,
+        initializer_range=0.4,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=1,
+    )
+    theirs = BertLMHeadModel(config).eval()
+    with torch.no_grad():
+        theirs.cls.predictions.bias[WORDS.eos] += 4.0  # some texts are to end before the limit
+    vision = PatchConfig(model="vit_tiny_patch16_224", image_size=16, patch_size=8, width=32, depth=1, heads=4)
+    text = TextConfig(**SIZES, vocabulary_size=40, max_length=16)
+    ours = Model(
+        ModelConfig(vision=vision, text=text, fusion=NoFusionConfig(), decoder=DecoderConfig(**SIZES)),
+        {"lm": LmConfig()},
+    ).eval()
+    assert ours.decoder is not None
+    state = theirs.state_dict()
+    renamed = rename_bert(state)
+    blocks = {name: tensor for name, tensor in renamed.items() if name.startswith("blocks.")}
+    missing, unexpected = ours.decoder.load_state_dict(blocks, strict=False)
+    assert not unexpected and all(name.startswith("embeddings.") for name in missing)
+    ours.text.embeddings.load_state_dict(
+        {n.removeprefix("embeddings."): t for n, t in renamed.items() if "embeddings." in n}
+    )
+    head = {"dense.": "transform.dense.", "norm.": "transform.LayerNorm.", "decoder.": "decoder."}
+    ours.objectives["lm"].head.load_state_dict(
+        {
+            our + kind: state[f"cls.predictions.{their}{kind}"]
+            for our, their in head.items()
+            for kind in ("weight", "bias")
+        }
+    )
+    return theirs, ours
+
+
+@pytest.fixture(scope="module")
+def memory() -> Tokens:
+    states = torch.randn(5, 6, 32, generator=torch.Generator().manual_seed(1))
+    keep = torch.arange(6)[None] < torch.tensor([6, 4, 5, 2, 6])[:, None]
+    return Tokens(states, keep, states[:, 0])
+
+
+def reference(model: BertLMHeadModel, memory: Tokens, prompt: torch.Tensor, config: GenerationConfig):
+    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    beam = config.method == "beam"
+    return model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        encoder_hidden_states=memory.states,
+        encoder_attention_mask=memory.keep.long(),
+        past_key_values=cache,
+        do_sample=False,
+        num_beams=config.beams if beam else 1,
+        max_length=config.max_length,
+        min_length=config.min_length,
+        repetition_penalty=config.repetition_penalty,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **({"length_penalty": config.length_penalty, "early_stopping": config.early_stopping} if beam else {}),
+    )
+
+
+CASES = {
+    "greedy": {},
+    "greedy, min length": {"min_length": 9},
+    "greedy, repetition penalty": {"repetition_penalty": 1.7},
+    "beam": {"method": "beam"},
+    "beam, early stopping": {"method": "beam", "early_stopping": True},
+    "beam, short texts": {"method": "beam", "length_penalty": -1.0},
+    "beam, long texts": {"method": "beam", "length_penalty": 2.0, "beams": 5},
+    "beam, BLIP": {"method": "beam", "min_length": 6, "repetition_penalty": 1.1, "early_stopping": True},
+}
+
+
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    "prompt", [[[2]] * 5, [[2, 9, 7], [2, 30, 11], [2, 8, 8], [2, 21, 5], [2, 6, 35]]], ids=["bos", "prompt"]
+)
+def test_equals_transformers(pair, memory, prompt, settings):
+    theirs, ours = pair
+    config = GenerationConfig(**({"max_length": 14} | settings))
+    prompt = torch.tensor(prompt)
+    expected = reference(theirs, memory, prompt, config)
+    ids, scores = generate_text(ours, memory, WORDS, config, prompt)
+    assert ids == trim(expected.sequences, prompt.shape[1], WORDS.eos)
+    if config.method == "beam":
+        torch.testing.assert_close(scores, expected.sequences_scores, atol=1e-4, rtol=1e-4)
+
+
+def test_the_cases_end_early_and_late(pair, memory):
+    """The comparison above covers texts that end by eos and texts that reach the limit."""
+    lengths = [
+        len(text)
+        for s in CASES.values()
+        for text in generate_text(pair[1], memory, WORDS, GenerationConfig(**({"max_length": 14} | s)))[0]
+    ]
+    assert min(lengths) < 10 and max(lengths) == 14
+
+
+@pytest.mark.parametrize("method", ["greedy", "beam", "nucleus"])
+def test_cache_changes_nothing(pair, memory, method):
+    config = GenerationConfig(method=method, max_length=12, temperature=1.5)
+    rows = torch.tensor([4, 0, 0, 2])  # several texts of one memory row
+    with_cache = generate_text(pair[1], memory, WORDS, config, rows=rows)
+    without = generate_text(pair[1], memory, WORDS, config, rows=rows, use_cache=False)
+    assert with_cache[0] == without[0]
+    torch.testing.assert_close(with_cache[1], without[1])
+
+
+def test_beam_of_one_is_greedy(pair, memory):
+    greedy = generate_text(pair[1], memory, WORDS, GenerationConfig(max_length=10))
+    beam = generate_text(pair[1], memory, WORDS, GenerationConfig(method="beam", beams=1, max_length=10))
+    assert greedy[0] == beam[0]
+    torch.testing.assert_close(greedy[1], beam[1])
+
+
+class Fixed:
+    """A model whose next word does not depend on what it has read."""
+
+    def __init__(self, probabilities: list[float]) -> None:
+        self.logits = torch.tensor(probabilities).log()
+
+    def step(self, ids):
+        return self.logits.expand(ids.shape[0], -1)
+
+    def reorder(self, index):
+        pass
+
+
+def test_nucleus_is_the_smallest_set_and_frequencies_are_right():
+    probabilities = [0.02, 0.4, 0.1, 0.08, 0.3, 0.1]
+    kept = nucleus(torch.tensor([probabilities]).log(), 0.75)
+    assert kept.nonzero()[:, 1].tolist() in ([1, 2, 4], [1, 4, 5])  # 0.4 + 0.3 < 0.75 <= 0.8; the tie goes to either
+    config = GenerationConfig(method="nucleus", top_p=0.6, max_length=41, seed=3)
+    found = generate(Fixed(probabilities), torch.zeros(500, 1, dtype=torch.long), config, eos=0, pad=0)
+    written = found.ids[:, 1:]
+    assert set(written.unique().tolist()) == {1, 4}
+    share = (written == 1).float().mean()
+    assert abs(share - 4 / 7) < 4 * (4 / 7 * 3 / 7 / written.numel()) ** 0.5  # four standard errors
+    again = generate(Fixed(probabilities), torch.zeros(500, 1, dtype=torch.long), config, eos=0, pad=0)
+    assert torch.equal(found.ids, again.ids)
+    fewer = generate(Fixed(probabilities), torch.zeros(7, 1, dtype=torch.long), config, eos=0, pad=0)
+    assert torch.equal(found.ids[:7], fewer.ids)  # a row's draws do not depend on how many rows there are
+    other = generate(
+        Fixed(probabilities), torch.zeros(500, 1, dtype=torch.long), config.model_copy(update={"seed": 4}), eos=0, pad=0
+    )
+    assert not torch.equal(found.ids, other.ids)
+
+
+def test_rows_are_padded_after_the_end():
+    found = generate(
+        Fixed([0.5, 0.5]),
+        torch.zeros(20, 1, dtype=torch.long),
+        GenerationConfig(method="nucleus", top_p=1.0, max_length=12),
+        eos=1,
+        pad=9,
+    )
+    for row in found.ids.tolist():
+        end = row.index(1) + 1 if 1 in row else len(row)
+        assert set(row[end:]) <= {9} and 9 not in row[:end]
+
+
+def test_mistakes_are_named(pair, memory):
+    ours = pair[1]
+    with pytest.raises(ValueError, match="max_length 17 is more than the 16 positions"):
+        generate_text(ours, memory, WORDS, GenerationConfig(max_length=17))
+    with pytest.raises(ValueError, match="leaves no room after a prompt of 4 ids"):
+        generate_text(ours, memory, WORDS, GenerationConfig(max_length=4), torch.full((5, 4), 2))
+    with pytest.raises(ValueError, match="cannot write text"):
+        generate_text(ours, memory, WORDS, GenerationConfig(max_length=9), objective="other")

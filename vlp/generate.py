@@ -1,0 +1,276 @@
+"""Writing text: greedy, beam and nucleus decoding over any model that gives the next word's logits.
+
+The algorithms know a model only as a :class:`Stepper`. Lengths count all ids from the first on, the prompt included;
+results follow transformers' `generate`, so that published captioning settings mean the same here.
+Shapes: B rows asked for, K beams, N = B x K rows run, L text length, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from encoders.types import Texts, Tokens, Vocabulary
+from objectives.base import Draw
+from objectives.lm import Lm
+from vlp.config import Config
+from vlp.decoder import Decoder
+from vlp.model import Model
+
+NEVER = -1e9
+"""Score of a beam that cannot win; finite, so that sums of it stay comparable."""
+
+
+class GenerationConfig(Config):
+    """How text is written."""
+
+    method: Literal["greedy", "beam", "nucleus"] = "greedy"
+    """The likeliest next word; the likeliest text of `beams` kept at a time; or a draw from the likeliest words."""
+    beams: int = Field(3, ge=1)
+    """Texts kept at a time (beam)."""
+    length_penalty: float = 1.0
+    """A text's score is its log-probability over (words written) ** this; > 0 favours long texts (beam)."""
+    early_stopping: bool = False
+    """Stop as soon as `beams` texts have ended, also where another could still win (beam)."""
+    min_length: int = Field(0, ge=0)
+    """Ids before which the text may not end, prompt included."""
+    max_length: int = Field(30, ge=2)
+    """Ids at which the text stops, prompt included."""
+    top_p: float = Field(0.9, gt=0, le=1)
+    """Draw from the fewest words whose probabilities sum to this (nucleus)."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the logits before the draw (nucleus)."""
+    repetition_penalty: float = Field(1.0, gt=0)
+    """Divides the positive logits, and multiplies the negative ones, of ids that the text has already."""
+    seed: int = 0
+    """Of the draws (nucleus)."""
+
+
+class Stepper(Protocol):
+    """A model that reads texts from left to right and remembers what it has read."""
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Read the newest ids [N, L'] of each row -> logits [N, V] of the next word."""
+        ...
+
+    def reorder(self, index: Tensor) -> None:
+        """Go on with the rows ``index`` [M], in that order; a row may be taken several times."""
+        ...
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Texts and how likely they are."""
+
+    ids: Tensor
+    """[B, L] int64, prompt first, padded after the last id."""
+    scores: Tensor
+    """[B] log-probability of what was written, over its length ** length_penalty."""
+
+
+class DecoderStepper:
+    """Our decoder and a head over its states, reading a memory.
+
+    Args:
+        decoder: in evaluation mode.
+        head: states [N, D] -> logits [N, V].
+        memory: what the decoder reads, [S, M, D].
+        rows: [B] int64, the memory row of each text; None: row b reads memory b.
+        use_cache: keep keys and values of what was read; without, everything is read again at each step (for tests).
+    """
+
+    def __init__(
+        self, decoder: Decoder, head: nn.Module, memory: Tokens, rows: Tensor | None = None, use_cache: bool = True
+    ) -> None:
+        self.decoder, self.head, self.memory, self.use_cache = decoder, head, memory, use_cache
+        first = torch.arange(memory.states.shape[0], device=memory.states.device)
+        self.rows = first if rows is None else rows
+        self.caches = decoder.start()
+        self.read: Tensor | None = None
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Read ids [N, L'] -> logits [N, V]."""
+        if self.use_cache:
+            states = self.decoder.step(ids, self.memory, self.caches, self.rows)
+        else:
+            self.read = ids if self.read is None else torch.cat([self.read, ids], 1)
+            texts = Texts(self.read, torch.ones_like(self.read, dtype=torch.bool), attention="causal")
+            states = self.decoder(texts, self.memory, self.rows).states
+        return self.head(states[:, -1])
+
+    def reorder(self, index: Tensor) -> None:
+        """Go on with the rows ``index`` [M]."""
+        self.rows = self.rows.index_select(0, index)
+        for cache in self.caches:
+            cache.reorder(index)
+        self.read = None if self.read is None else self.read.index_select(0, index)
+
+
+@torch.no_grad()
+def generate_text(
+    model: Model,
+    memory: Tokens,
+    vocabulary: Vocabulary,
+    config: GenerationConfig,
+    prompt_ids: Tensor | None = None,
+    *,
+    objective: str | None = None,
+    rows: Tensor | None = None,
+    use_cache: bool = True,
+) -> tuple[list[list[int]], Tensor]:
+    """Write one text for each row of ``memory`` with a model's decoder.
+
+    Args:
+        model: in evaluation mode; an objective of kind lm owns the head.
+        memory: what the decoder reads, states [B, S, D] (image tokens, or a fused question).
+        vocabulary: its bos begins each text, its eos ends it.
+        config: how to write.
+        prompt_ids: [B, L] int64 ids that each text begins with, bos first; None: bos alone.
+        objective: name of the objective whose head writes; needed where there are several of kind lm.
+        rows: [B] int64 memory row of each text; None: text b reads memory b.
+        use_cache: as for :class:`DecoderStepper`.
+
+    Returns:
+        The ids of each text from bos to eos (or to ``max_length``) without padding, and their scores [B].
+
+    Raises:
+        ValueError: the model cannot write, or the lengths do not fit it.
+    """
+    heads = {name: one.head for name, one in model.objectives.items() if isinstance(one, Lm)}
+    if objective is not None:
+        heads = {name: head for name, head in heads.items() if name == objective}
+    if model.decoder is None or len(heads) != 1:
+        what = f"objectives of kind lm that could write: {sorted(heads)}" if model.decoder else "model.decoder is none"
+        raise ValueError(
+            f"this model cannot write text, {what}; pretrain it with model.decoder.kind causal and one objective lm"
+        )
+    limit = model.decoder.embeddings.max_length
+    if config.max_length > limit:
+        raise ValueError(f"max_length {config.max_length} is more than the {limit} positions of the decoder; lower it")
+    if prompt_ids is None:
+        number = memory.states.shape[0] if rows is None else rows.shape[0]
+        prompt_ids = torch.full((number, 1), vocabulary.bos, device=memory.states.device)
+    stepper = DecoderStepper(model.decoder, next(iter(heads.values())), memory, rows, use_cache)
+    found = generate(stepper, prompt_ids, config, eos=vocabulary.eos, pad=vocabulary.pad)
+    return trim(found.ids, prompt_ids.shape[1], vocabulary.eos), found.scores
+
+
+@torch.no_grad()
+def generate(stepper: Stepper, prompt: Tensor, config: GenerationConfig, *, eos: int, pad: int) -> Generated:
+    """Continue each row of ``prompt`` [B, L] until ``eos`` or ``config.max_length``; after eos rows hold ``pad``.
+
+    Raises:
+        ValueError: the prompt leaves no room.
+    """
+    if prompt.shape[1] >= config.max_length:
+        raise ValueError(
+            f"max_length {config.max_length} leaves no room after a prompt of {prompt.shape[1]} ids; raise it"
+        )
+    if config.method == "beam":
+        return _beam(stepper, prompt, config, eos, pad)
+    return _one_by_one(stepper, prompt, config, eos, pad)
+
+
+def trim(ids: Tensor, prompt: int, eos: int) -> list[list[int]]:
+    """Cut each row of ids [B, L] after its first ``eos`` behind the first ``prompt`` ids."""
+    found = []
+    for row in ids.tolist():
+        end = row.index(eos, prompt) + 1 if eos in row[prompt:] else len(row)
+        found.append(row[:end])
+    return found
+
+
+def _constrain(scores: Tensor, ids: Tensor, config: GenerationConfig, eos: int) -> Tensor:
+    """Scores [N, V] of the next word after ids [N, L], with repetitions made less likely and no early end."""
+    if config.repetition_penalty != 1.0:
+        seen = scores.gather(1, ids)
+        seen = torch.where(seen < 0, seen * config.repetition_penalty, seen / config.repetition_penalty)
+        scores = scores.scatter(1, ids, seen)
+    if ids.shape[1] < config.min_length:
+        scores = scores.clone()
+        scores[:, eos] = -torch.inf
+    return scores
+
+
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Return the probabilities [N, V] of the fewest words that sum to ``top_p`` (at least one), others 0."""
+    ordered, words = logits.softmax(1).sort(1, descending=True)
+    outside = ordered.cumsum(1) - ordered >= top_p  # what stands before a word is enough already
+    return torch.zeros_like(ordered).scatter(1, words, ordered.masked_fill(outside, 0.0))
+
+
+def _one_by_one(stepper: Stepper, prompt: Tensor, config: GenerationConfig, eos: int, pad: int) -> Generated:
+    """Greedy and nucleus: one text a row."""
+    ids = newest = prompt
+    ended = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
+    total = torch.zeros(prompt.shape[0], device=prompt.device)
+    written = torch.zeros_like(total)
+    while ids.shape[1] < config.max_length and not bool(ended.all()):
+        logits = _constrain(stepper.step(newest).float(), ids, config, eos)
+        if config.method == "nucleus":
+            weights = nucleus(logits / config.temperature, config.top_p)
+            word = Draw(config.seed, ids.shape[1]).categorical("generate.nucleus", weights)
+        else:
+            word = logits.argmax(1)
+        total += logits.log_softmax(1).gather(1, word[:, None])[:, 0].masked_fill(ended, 0.0)
+        written += (~ended).float()
+        word = word.masked_fill(ended, pad)
+        ended = ended | (word == eos)
+        newest = word[:, None]
+        ids = torch.cat([ids, newest], 1)
+    return Generated(ids, total / written**config.length_penalty)
+
+
+def _beam(stepper: Stepper, prompt: Tensor, config: GenerationConfig, eos: int, pad: int) -> Generated:
+    """Beam search: ``running`` texts go on, ``done`` ones have ended; both sorted by score, best first."""
+    batch, first = prompt.shape
+    beams, device = config.beams, prompt.device
+    offset = torch.arange(batch, device=device)[:, None] * beams
+    logits = stepper.step(prompt).repeat_interleave(beams, 0)
+    stepper.reorder(torch.arange(batch, device=device).repeat_interleave(beams))
+    running = prompt[:, None].expand(batch, beams, first)  # [B, K, L]
+    scores = torch.full((batch, beams), NEVER, device=device)
+    scores[:, 0] = 0.0  # the beams are equal at the start: only the first may go on, in several ways
+    done = torch.full((batch, beams, config.max_length), pad, device=device)
+    done_scores = torch.full((batch, beams), NEVER, device=device)
+    is_done = torch.zeros((batch, beams), dtype=torch.bool, device=device)
+    improvable = torch.ones(batch, dtype=torch.bool, device=device)
+    while True:
+        step = _constrain(logits.float().log_softmax(1), running.flatten(0, 1), config, eos)  # [N, V]
+        total = (step.unflatten(0, (batch, beams)) + scores[:, :, None]).flatten(1)
+        # Twice as many as beams: at least `beams` of them do not end with this word.
+        best, at = total.topk(2 * beams)
+        beam, word = at // step.shape[1], at % step.shape[1]
+        texts = torch.cat([_rows(running, beam), word[:, :, None]], 2)  # [B, 2K, L + 1]
+        length = texts.shape[2]
+        weight = (length - first) ** config.length_penalty
+        ending = (word == eos) | (length == config.max_length)
+
+        ends = ending & improvable[:, None]
+        ends[:, beams:] = False  # the second half are only there to go on
+        if config.early_stopping:
+            ends &= ~is_done.all(1, keepdim=True)
+        every = torch.cat([done_scores, torch.where(ends, best / weight, NEVER)], 1)
+        done_scores, kept = every.topk(beams)
+        done = _rows(torch.cat([done, F.pad(texts, (0, config.max_length - length), value=pad)], 1), kept)
+        is_done = torch.cat([is_done, ends], 1).gather(1, kept)
+
+        scores, kept = torch.where(ending, NEVER, best).topk(beams)
+        running = _rows(texts, kept)
+        worst = torch.where(is_done.all(1), done_scores[:, -1], NEVER)
+        improvable = improvable & (scores[:, 0] / weight > worst)
+        stop = ~improvable | is_done.all(1) if config.early_stopping else ~improvable
+        if length == config.max_length or bool(stop.all()):
+            return Generated(done[:, 0], done_scores[:, 0])
+        stepper.reorder((beam.gather(1, kept) + offset).flatten())
+        logits = stepper.step(running[:, :, -1:].flatten(0, 1))
+
+
+def _rows(texts: Tensor, index: Tensor) -> Tensor:
+    """Texts [B, K, L] at index [B, M] -> [B, M, L]."""
+    return texts.gather(1, index[:, :, None].expand(-1, -1, texts.shape[2]))
