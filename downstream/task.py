@@ -1,7 +1,7 @@
 """What a task is: what it finetunes, how it is scored, and what it leaves per sample.
 
-A task is one file with one config class, a :class:`TaskConfig`; the union of kinds stands in ``downstream/tasks.py``. Its
-methods take ``Parts`` (model, tokenizer, resolved run), which is what training ends with and what a checkpoint loads to.
+A task is one file with one config class, a :class:`TaskConfig`; the union of kinds stands in ``downstream/__init__.py``.
+Its methods take ``Parts`` (model, tokenizer, resolved run): what training ends with and what a checkpoint loads to.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 import torch.distributed as dist
 from pydantic import Field
+from vlp.data.loader import DataConfig, Prepare
 
 from encoders.types import Batch
 from objectives import ObjectiveConfig
 from objectives.collectives import rank, world_size
 from vlp.config import Config
 from vlp.data.batch import Example, collate
-from vlp.data.loader import DataConfig, Prepare
 from vlp.data.order import rank_slice
 from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
 from vlp.data.records import IMAGE_EXTENSIONS
@@ -41,8 +41,8 @@ class Result:
 
     metrics: dict[str, float]
     """By their usual names; accuracies and recalls in 0..1, CIDEr-D in 0..10."""
-    floors: dict[str, float]
-    """What blindness reaches, of the headline metric: "majority", "question only", "chance", ..."""
+    floors: dict[str, dict[str, float]]
+    """What blindness reaches, under the metrics' names: {"majority": {"accuracy": 0.3}, "chance": {...}}."""
     predictions: list[dict[str, Any]]
     """One plain mapping a sample, in the data's order; each has "key"."""
     bad: dict[str, str] = field(default_factory=dict)
