@@ -1,0 +1,240 @@
+"""Our own checkpoint: a folder of weights, config tree, tokenizer and model card.
+
+Weights that several parts share are stored once, under the first of their names, and come back shared because the
+model that is built from the config shares them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlp.checkpoint.folder import CARD, check_whole, checkpoint_folder, find_checkpoint, replace_folder
+from vlp.config import FORMAT, Config, to_yaml
+from vlp.recipes import dump_yaml, read_tree
+
+__all__ = [
+    "LoadReport",
+    "aliases",
+    "checkpoint_folder",
+    "find_checkpoint",
+    "load_weights",
+    "read_config",
+    "read_weights",
+    "save_checkpoint",
+    "weights_of",
+    "write_tensors",
+]
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.yaml"
+
+
+class Saves(Protocol):
+    """A tokenizer, or anything else that writes itself to a folder."""
+
+    def save(self, folder: Path) -> None:
+        """Write the files from which it can be loaded."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every weight, by name."""
+
+    loaded: tuple[str, ...] = ()
+    """Taken as they were stored."""
+    resized: tuple[str, ...] = ()
+    """Position embeddings that were interpolated to another image size."""
+    converted: tuple[str, ...] = ()
+    """Stored in another dtype than the model's."""
+    missing: tuple[str, ...] = ()
+    """The model's, not stored: they keep their initial values."""
+    unexpected: tuple[str, ...] = ()
+    """Stored, not the model's."""
+    ignored: tuple[str, ...] = ()
+    """Stored, and left out on purpose."""
+    notes: tuple[str, ...] = field(default=())
+    """What the loader assumed."""
+
+    def summary(self) -> str:
+        """Return the counts in one line, then a line for each kind of weight that is worth a look."""
+        kinds = ("loaded", "resized", "converted", "missing", "unexpected", "ignored")
+        names = {kind: getattr(self, kind) for kind in kinds}
+        first = ", ".join(f"{len(found)} {kind}" for kind, found in names.items() if found or kind == "loaded")
+        rest = [f"{kind}: {_some(found)}" for kind, found in names.items() if found and kind != "loaded"]
+        return "\n".join([first, *rest, *self.notes])
+
+
+def save_checkpoint(folder: str | Path, model: nn.Module, tree: Config | Mapping[str, Any], tokenizer: Saves, card: str,
+                    extra: Mapping[str, bytes | Mapping[str, Tensor]] | None = None) -> None:
+    """Write a checkpoint folder, whole or not at all; an existing one is replaced.
+
+    Args:
+        folder: to write.
+        model: its weights, shared ones once.
+        tree: the resolved config of the run.
+        tokenizer: saves itself.
+        card: the model card.
+        extra: further files by name, as bytes or as named tensors (``*.safetensors``).
+    """
+    with replace_folder(Path(folder)) as partial:
+        tokenizer.save(partial)
+        write_tensors(partial / WEIGHTS, weights_of(model))
+        text = to_yaml(tree) if isinstance(tree, Config) else dump_yaml({"format": FORMAT, **tree})
+        (partial / CONFIG).write_text(text, encoding="utf-8")
+        (partial / CARD).write_text(card, encoding="utf-8")
+        for name, content in (extra or {}).items():
+            assert name not in (WEIGHTS, CONFIG, CARD), f"{name} is written by save_checkpoint itself"
+            if isinstance(content, bytes):
+                (partial / name).write_bytes(content)
+            else:
+                write_tensors(partial / name, content)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors; equal tensors give equal bytes."""
+    # One entry of metadata: safetensors keeps several in no fixed order.
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    path.touch()
+    mode = path.stat().st_mode  # safetensors leaves a file that only its owner can read
+    save_file(ready, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Return all names of each weight by its first name."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    return {names[0]: names for names in groups.values()}
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weights by name, shared ones once, by the first of their names."""
+    state = model.state_dict()
+    return {name: state[name] for name in aliases(model)}
+
+
+def read_weights(folder: str | Path, verify: bool = False) -> dict[str, Tensor]:
+    """Return the stored weights by name, on the CPU.
+
+    Args:
+        folder: a checkpoint folder, checked against its manifest.
+        verify: hash large files too.
+
+    Raises:
+        ValueError: the checkpoint is torn; the message names a whole one beside it.
+    """
+    folder = Path(folder)
+    check_whole(folder, verify)
+    try:
+        return load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {folder}: {WEIGHTS} cannot be read: {error}; write or copy it again") from error
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Return the stored config tree as it is, its `format` included.
+
+    Raises:
+        ValueError: the file is missing or is no YAML mapping.
+    """
+    return read_tree(Path(folder) / CONFIG)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True,
+                 allow_missing: Iterable[str] = (), ignore: Iterable[str] = ()) -> LoadReport:
+    """Copy stored weights into a model, in its dtype and on its device; shared weights stay shared.
+
+    The vision encoder's position embedding is interpolated where the image size differs.
+
+    Args:
+        model: to fill.
+        state: weights by name, shared ones under any of their names.
+        strict: refuse weights that are missing or unexpected.
+        allow_missing: patterns (``objectives.answer.*``) of the model's weights that need not be stored.
+        ignore: patterns of stored weights to leave out.
+
+    Raises:
+        ValueError: weights are missing or unexpected (when strict), of another shape, or stored twice with different
+            values; all in one line. The model is unchanged then.
+    """
+    targets = model.state_dict()
+    skip = _matching(state, ignore)
+    given = {name: tensor for name, tensor in state.items() if name not in skip}
+    filled: dict[str, Tensor] = {}
+    resized, missing, problems = [], [], []
+    for first, names in aliases(model).items():
+        stored = [name for name in names if name in given]
+        if not stored:
+            missing.append(first)
+            continue
+        tensor, wanted = given[stored[0]], targets[first]
+        problems += [f"{stored[0]} and {other} differ, but the model shares them" for other in stored[1:]
+                     if not torch.equal(given[other], tensor)]
+        if tensor.shape != wanted.shape and (fitted := _resize(model, first, tensor, wanted)) is not None:
+            tensor = fitted
+            resized.append(first)
+        if tensor.shape != wanted.shape:
+            problems.append(f"{first} is {tuple(tensor.shape)}, the model's is {tuple(wanted.shape)}")
+        filled[first] = tensor
+    unexpected = [name for name in given if name not in targets]
+    refused = [name for name in missing if name not in _matching(missing, allow_missing)]
+    if strict and refused:
+        problems.append(f"missing {_some(refused)} (allow_missing={_pattern(refused)!r} keeps their initial values)")
+    if strict and unexpected:
+        problems.append(f"unexpected {_some(unexpected)} (the model has no such part)")
+    if problems:
+        raise ValueError(f"the weights do not fit the model: {'; '.join(problems)}")
+    converted = [name for name, tensor in filled.items() if tensor.dtype != targets[name].dtype]
+    model.load_state_dict(filled, strict=False)
+    loaded = tuple(name for name in filled if name not in {*resized, *converted})
+    return LoadReport(loaded, tuple(resized), tuple(converted), tuple(missing), tuple(unexpected), tuple(sorted(skip)))
+
+
+def _matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def _some(names: Iterable[str], most: int = 3) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _pattern(names: list[str]) -> str:
+    """The narrowest dotted prefix of all names as a pattern."""
+    parts = [name.split(".")[:-1] for name in names]
+    common = []
+    for level in zip(*parts):
+        if len(set(level)) > 1:
+            break
+        common.append(level[0])
+    return ".".join([*common, "*"])
+
+
+def _resize(model: nn.Module, name: str, stored: Tensor, wanted: Tensor) -> Tensor | None:
+    """Position embedding [1, prefix + n * n, D] of a ViT at another image size; None where it is something else."""
+    if name != "vision.vit.pos_embed" or stored.dim() != 3 or stored.shape[2] != wanted.shape[2]:
+        return None
+    prefix = stored.shape[1] - math.isqrt(stored.shape[1]) ** 2  # squares lie further apart than a few prefix tokens
+    count = wanted.shape[1] - prefix
+    before, after = math.isqrt(stored.shape[1] - prefix), math.isqrt(count)
+    if after * after != count or before < 1:
+        return None
+    grid = stored[:, prefix:].float().unflatten(1, (before, before)).permute(0, 3, 1, 2)  # [1, D, n, n]
+    grid = F.interpolate(grid, (after, after), mode="bicubic", antialias=True)
+    patches = grid.permute(0, 2, 3, 1).flatten(1, 2).to(stored.dtype)
+    return torch.cat([stored[:, :prefix], patches], 1)

@@ -1,0 +1,235 @@
+"""A loaded model and what it can do: embed, match, answer, caption, classify.
+
+Shapes: n images, texts or pairs, E embedding, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from encoders.types import Batch, Images, Texts, Tokens
+from objectives.answer import Answer
+from objectives.base import Embed, Encode, Fuse, Pass, ViewText
+from objectives.itm import Itm
+from objectives.lm import Lm
+from vlp.config import build
+from vlp.data.batch import pad_texts
+from vlp.data.tokenizer import Tokenizer
+from vlp.data.transforms import EvalTransform, decode_image, rgb_tensor
+from vlp.generate import GenerationConfig, generate_text
+from vlp.model import Model
+from vlp.passes import memory_of
+
+if TYPE_CHECKING:
+    from vlp.checkpoint.load import LoadedConfig
+    from vlp.checkpoint.native import LoadReport
+
+AnyImage: TypeAlias = Image.Image | str | Path
+"""A Pillow image of any mode, or the path of an image file."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready for use. Tensors that its methods return are float32 on the CPU.
+
+    Every method raises ValueError, in one line, for an image that cannot be read and for what the model was not trained
+    to do. Texts are cut at ``config.data.max_length`` tokens.
+    """
+
+    model: Model
+    """In evaluation mode."""
+    tokenizer: Tokenizer
+    """Text to ids and back."""
+    config: LoadedConfig
+    """The stored config of model, objectives and data."""
+    report: LoadReport
+    """What became of the stored weights."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def embed_images(self, images: Sequence[AnyImage], *, batch_size: int = 32) -> Tensor:
+        """Images -> unit-norm vectors [n, E] of the common space."""
+        return self._embed(Embed("image"), ((part, None) for part in _parts(images, "images", batch_size)))
+
+    def embed_texts(self, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
+        """Texts -> unit-norm vectors [n, E] of the common space."""
+        return self._embed(Embed("text"), ((None, part) for part in _parts(texts, "texts", batch_size)))
+
+    def match(self, images: Sequence[AnyImage], texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
+        """Pairs of an image and a text -> probability [n] that they belong together, by the fused model."""
+        self._need_fusion("match")
+        head = next((one for one in self.model.objectives.values() if isinstance(one, Itm)), None)
+        if head is None:
+            raise ValueError(f"this checkpoint has no matching head ({self._objectives}); pretrain with objective itm")
+        found = []
+        for part in _pairs(images, texts, "texts", batch_size):
+            with torch.inference_mode():
+                found.append(head.score(self._run([Fuse()], *part)[Fuse()].pooled).float().sigmoid())
+        return _stack(found, 0)
+
+    def answer(self, images: Sequence[AnyImage], questions: Sequence[str], *, batch_size: int = 32) -> list[str]:
+        """Answer one question about each image: from the trained answer list, else written by the decoder."""
+        self._need_fusion("answer questions")
+        choose = next((one for one in self.model.objectives.values() if isinstance(one, Answer)), None)
+        write = self._writer("fused")
+        if choose is None and write is None:
+            raise ValueError(f"this checkpoint cannot answer questions ({self._objectives}); finetune it on questions: "
+                             "objective answer, or objective lm with memory fused")
+        found: list[str] = []
+        for part in _pairs(images, questions, "questions", batch_size):
+            with torch.inference_mode():
+                fused = self._run([Fuse()], *part)[Fuse()]
+                if choose is not None:
+                    found += [choose.config.answers[best] for best in choose.scores(fused.pooled).argmax(1).tolist()]
+                else:
+                    assert write is not None and self.model.decoder is not None
+                    found += self._write(write, memory_of(fused, self.model.decoder.config.memory), {})
+        return found
+
+    def caption(self, images: Sequence[AnyImage], *, batch_size: int = 32, **generation: Any) -> list[str]:
+        """Write a caption of each image; ``generation`` are fields of `GenerationConfig` (``method="beam"``)."""
+        write = self._writer("image")
+        if write is None:
+            raise ValueError(f"this checkpoint cannot write captions ({self._objectives}); train it with "
+                             "model.decoder.kind causal and objective lm")
+        found: list[str] = []
+        for part in _parts(images, "images", batch_size):
+            with torch.inference_mode():
+                found += self._write(write, self._run([Encode("image")], part, None)[Encode("image")], generation)
+        return found
+
+    def classify(self, images: Sequence[AnyImage], names: Sequence[str], template: str = "a photo of {}", *,
+                 batch_size: int = 32) -> Tensor:
+        """Images -> probabilities [n, C] of classes known by name only, by similarity of the embeddings.
+
+        Args:
+            images: to classify.
+            names: of the classes.
+            template: the text of a class, ``{}`` standing for its name; ``"{}"`` is the name alone.
+            batch_size: images or texts run at a time.
+        """
+        if "{}" not in template:
+            raise ValueError(f"template {template!r} has no place for the class name; write {{}} where it belongs")
+        image = self.embed_images(images, batch_size=batch_size)
+        classes = [template.replace("{}", name) for name in _listed(names, "names")]
+        text = self.embed_texts(classes, batch_size=batch_size)
+        assert self.model.logit_scale is not None
+        scale = self.model.logit_scale.detach().float().cpu().exp()
+        return (scale * image @ text.T).softmax(1)
+
+    @property
+    def _objectives(self) -> str:
+        return f"its objectives are {', '.join(self.model.objectives) or 'none'}"
+
+    def _need_fusion(self, what: str) -> None:
+        if self.model.fusion is None:
+            raise ValueError(f"this checkpoint has no fusion (model.fusion.kind none) and cannot {what}; pretrain with "
+                             "model.fusion.kind dual_stream and objective itm, or use embed_images and embed_texts")
+
+    def _writer(self, memory: str) -> str | None:
+        """Name of the objective that writes from this memory."""
+        if self.model.decoder is None:
+            return None
+        writers = {name: one for name, one in self.model.objectives.items() if isinstance(one, Lm)}
+        return next((name for name, one in writers.items() if one.config.memory == memory), None)
+
+    def _write(self, objective: str, memory: Tokens, settings: dict[str, Any]) -> list[str]:
+        assert self.model.decoder is not None
+        config = build(GenerationConfig)
+        room = min(config.max_length, self.model.decoder.embeddings.max_length)
+        config = build(GenerationConfig, {"max_length": room}, settings)
+        ids, _ = generate_text(self.model, memory, self.tokenizer.vocabulary, config, objective=objective)
+        return [self.tokenizer.decode(text) for text in ids]
+
+    def _embed(self, wanted: Embed, parts: Iterator[tuple[Sequence[AnyImage] | None, Sequence[str] | None]]) -> Tensor:
+        if self.model.image_embed is None:
+            raise ValueError(f"this checkpoint has no common space of images and texts ({self._objectives}); "
+                             "pretrain with objective itc")
+        found = []
+        for part in parts:
+            with torch.inference_mode():
+                found.append(self._run([wanted], *part)[wanted].float())
+        vectors = _stack(found, self.model.config.embed.width)
+        # Half precision keeps the norm to three digits only.
+        return vectors if self.model.image_embed.weight.dtype == torch.float32 else F.normalize(vectors, dim=-1)
+
+    def _run(self, passes: Sequence[Pass], images: Sequence[AnyImage] | None, texts: Sequence[str] | None) -> Any:
+        """The results of passes over images and texts, by name."""
+        batch = Batch(images={} if images is None else {"clean": self._pixels(images)},
+                      texts={} if texts is None else {"clean": self._ids(texts)})
+        return self.model.run(passes, batch.to(self.device))
+
+    @cached_property
+    def _transform(self) -> EvalTransform:
+        side = self.model.config.vision.image_size
+        return EvalTransform(self.config.data.transform.model_copy(update={"image_size": side}))
+
+    def _pixels(self, images: Sequence[AnyImage]) -> Images:
+        return Images(torch.stack([self._transform(read_image(image)) for image in images]))
+
+    def _ids(self, texts: Sequence[str]) -> Texts:
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"texts should be strings, not {type(wrong[0]).__name__}: {wrong[0]!r:.60}")
+        length = self.config.data.max_length
+        return pad_texts([ViewText(self.tokenizer.encode(text, length)[0]) for text in texts], "full",
+                         self.tokenizer.vocabulary.pad, length)
+
+
+def read_image(image: AnyImage) -> Tensor:
+    """A Pillow image, or the file at a path -> uint8 [3, H, W].
+
+    Raises:
+        ValueError: the file is missing, or is no whole image.
+    """
+    if isinstance(image, Image.Image):
+        try:
+            return rgb_tensor(image)
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow reads the pixels only now
+            raise ValueError(f"image {getattr(image, 'filename', '') or repr(image)}: {error}") from error
+    if not isinstance(image, str | Path):
+        raise ValueError(f"images should be Pillow images or paths, not {type(image).__name__}")
+    try:
+        data = Path(image).read_bytes()
+    except OSError as error:
+        raise ValueError(f"image {image}: cannot be read ({error.strerror}); check the path") from error
+    return decode_image(data, key=f"image {image}")
+
+
+def _listed(items: Sequence[Any], name: str) -> list[Any]:
+    if isinstance(items, str | Path | Image.Image):
+        raise ValueError(f"{name} should be a list, not one {type(items).__name__}; write [...] around it")
+    return list(items)
+
+
+def _parts(items: Sequence[Any], name: str, batch_size: int) -> Iterator[list[Any]]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} should be at least 1")
+    items = _listed(items, name)
+    return (items[first : first + batch_size] for first in range(0, len(items), batch_size))
+
+
+def _pairs(images: Sequence[AnyImage], texts: Sequence[str], name: str, batch_size: int
+           ) -> Iterator[tuple[list[AnyImage], list[str]]]:
+    images, texts = _listed(images, "images"), _listed(texts, name)
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} images but {len(texts)} {name}; give one of each for every pair")
+    return zip(_parts(images, "images", batch_size), _parts(texts, name, batch_size), strict=True)
+
+
+def _stack(found: list[Tensor], width: int) -> Tensor:
+    """All rows on the CPU, as an ordinary tensor (one made in inference mode cannot be trained on)."""
+    if not found:
+        return torch.zeros((0, width) if width else 0)
+    return torch.cat([rows.cpu() for rows in found])
