@@ -1,0 +1,41 @@
+# Everything runs from a fresh clone on a machine with Python 3.11 or later, pip, and a package index.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test bench lint format clean
+
+demo: $(STAMP)
+	$(BIN)/vlp demo --out runs/demo
+
+test: lint
+	$(BIN)/pytest
+
+# What takes longer than the suite may: slow tests, then the demo's recipe with three times its samples.
+bench: $(STAMP)
+	$(BIN)/pytest -m slow
+	$(BIN)/vlp demo --out runs/bench --times 3
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Touched last, so that an interrupted installation is begun again.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "vlp needs Python 3.11 or later, found: $(PYTHON); use make PYTHON=python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo,parquet]'
+	touch $@
+
+# Runs are results and stay.
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,156 @@
+"""`vlp pretrain`: a run from its config to its last checkpoint, begun or taken up again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from objectives.collectives import rank
+from vlp.checkpoint.folder import is_checkpoint
+from vlp.checkpoint.migrate import migrate
+from vlp.checkpoint.native import CONFIG, find_checkpoint, load_weights, read_config, read_weights
+from vlp.config import Config, Layer, build, to_yaml
+from vlp.data.loader import check_hash
+from vlp.data.tokenizer import load_tokenizer
+from vlp.flags import from_command_line
+from vlp.recipes import lift
+from vlp.run import Parts, RunConfig, assemble
+from vlp.train.loop import Outcome, train
+from vlp.train.state import read_state
+
+logger = logging.getLogger(__name__)
+
+HARMLESS = ("data.workers", "data.bad_samples", "train.save_every", "train.keep", "train.log_every")
+"""Settings that change no weight: with others changed, a resumed run is not the one that was begun."""
+
+
+def pretrain(
+    run: RunConfig, folder: Path, device: torch.device, *, command: str = "", init: str | Path | None = None
+) -> Outcome:
+    """Train from the beginning.
+
+    Args:
+        run: the config.
+        folder: of the run; must not hold one yet.
+        device: of this rank.
+        command: for the model card.
+        init: checkpoint or run whose weights and tokenizer to start from; parts that it lacks keep their initial ones.
+
+    Raises:
+        ValueError: the folder holds a run, the config is not complete, or the data are unusable.
+        NonFiniteError: training diverged.
+    """
+    if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+        raise ValueError(f"--out {folder}: holds a run already; go on with --resume {folder}, or choose another folder")
+    if not run.data.train:
+        raise ValueError(
+            "data.train is not set; name the training data with --data.train (shards, a table or a folder)"
+        )
+    if not run.objectives:
+        raise ValueError(
+            "objectives is empty, so there is nothing to train; choose a recipe, or add one: --objectives.itc {}"
+        )
+    source = None if init is None else find_checkpoint(init)
+    parts = assemble(run, tokenizer=None if source is None else load_tokenizer(source), pretrained=source is None)
+    if source is not None:
+        report = load_weights(parts.model, read_weights(source), strict=False)
+        if not report.loaded and not report.resized:
+            raise ValueError(
+                f"--init {source}: none of its weights is part of this model; use a recipe of the same parts"
+            )
+        logger.info("from %s: %s", source, report.summary())
+    parts = with_hash(parts)
+    write_config(folder, parts.run)
+    return train(parts, folder, device, command=command)
+
+
+def resume(folder: Path, flags: Sequence[str], device: torch.device, *, command: str = "") -> Outcome:
+    """Go on from the newest whole checkpoint, exactly as if there had been no interruption.
+
+    Args:
+        folder: of the run.
+        flags: changed settings, which extend or change the run.
+        device: of this rank.
+        command: for the model card.
+
+    Raises:
+        ValueError: there is no whole checkpoint, it does not fit the changed settings, or the data changed.
+        NonFiniteError: training diverged.
+    """
+    if is_checkpoint(folder):
+        raise ValueError(f"--resume {folder}: is one checkpoint; give the run's folder, or begin a new run with --init")
+    checkpoint, state = read_state(folder)
+    run = resumed_config(checkpoint, flags)
+    seen: int = state["seen"]
+    say_changes(stored_config(checkpoint), run)
+    if seen >= run.train.samples:
+        logger.info("%s has seen its %s samples; extend it with --train.samples", folder, f"{run.train.samples:,}")
+        return Outcome(checkpoint, seen, finished=True)
+    parts = assemble(run, tokenizer=load_tokenizer(checkpoint), pretrained=False)
+    try:
+        load_weights(parts.model, read_weights(checkpoint))
+    except ValueError as error:
+        raise ValueError(
+            f"--resume {folder}: {error}; begin a new run from its weights with --init {folder}"
+        ) from error
+    parts = with_hash(parts)
+    write_config(folder, parts.run)
+    logger.info("going on with %s at %s of %s samples", folder, f"{seen:,}", f"{run.train.samples:,}")
+    return train(parts, folder, device, command=command, seen=seen, restored=state)
+
+
+def resumed_config(checkpoint: Path, flags: Sequence[str]) -> RunConfig:
+    """Return the config of a checkpoint with changed settings laid over it.
+
+    Raises:
+        ConfigError: with all problems of both.
+    """
+    return from_command_line(RunConfig, flags, checkpoint / CONFIG, prog="vlp pretrain --resume RUN", migrate=migrate)
+
+
+def stored_config(checkpoint: Path) -> RunConfig:
+    """Return the config that a checkpoint was trained with."""
+    source = str(checkpoint / CONFIG)
+    return build(RunConfig, Layer(lift(read_config(checkpoint), source, migrate), source))
+
+
+def say_changes(before: Config, after: Config) -> None:
+    """Warn about every setting that makes a resumed run another one than was begun."""
+    old, new = dict(leaves(before.model_dump())), dict(leaves(after.model_dump()))
+    changed = [name for name in old | new if old.get(name) != new.get(name) and name not in HARMLESS]
+    if changed:
+        shown = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
+        logger.warning("the resumed run is no longer exactly the one that was begun: %s", shown)
+
+
+def leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted name and value of every setting of a tree."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def with_hash(parts: Parts) -> Parts:
+    """Return the parts with the fingerprint of their training data written down, or checked if it was.
+
+    Raises:
+        ValueError: the data are not those that the run began with.
+    """
+    assert parts.reader is not None
+    check_hash(parts.reader, parts.run.data)
+    data = parts.run.data.model_copy(update={"hash": parts.reader.fingerprint})
+    run = parts.run.model_copy(update={"data": data})
+    return Parts(run, parts.model, parts.tokenizer, parts.reader)
+
+
+def write_config(folder: Path, run: Config) -> None:
+    """Write the resolved config into a run's folder, where it is found before there is a checkpoint."""
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(to_yaml(run), encoding="utf-8")
