@@ -1,0 +1,194 @@
+"""Examples to a batch: text views made from each sample's position, padding, ids of images and captions.
+
+What becomes of a sample depends on its position alone, not on the batch, rank or worker that it falls into.
+Shapes: B images, T texts, I images per text, L text length, K labelled positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from encoders.types import AttentionKind, Batch, Images, Texts
+from objectives.base import Draw, View, ViewText
+from vlp.data.tokenizer import Tokenizer
+
+_MULTIPLE = 8  # lengths are rounded up to it: few shapes for the compiler, and sizes that tensor cores like
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a task makes of one sample."""
+
+    key: str
+    """Name of the sample, for errors."""
+    images: tuple[Tensor, ...]
+    """uint8 [3, H, W] each; the same number in all examples of a task."""
+    text: str
+    """Text of the view "clean" and of every other view that ``other_texts`` does not name."""
+    other_texts: Mapping[str, str] = field(default_factory=dict)
+    """By view, text of views that are made of something else, as "lm:answer"; views that no objective has are left."""
+    targets: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    """By name, what the task needs beside; stacked over the examples of the batch."""
+    image_id: int | None = None
+    """Equal ids mark the same image; None = the loader's own, see ``loader.image_identity``."""
+
+
+def stable_hash(data: str | bytes) -> int:
+    """Hash to 0 .. 2**63 - 1 that is the same in every process and on every machine."""
+    digest = hashlib.blake2b(data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data, digest_size=8)
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def caption_hash(text: str) -> int:
+    """Hash of a caption's words, whatever their case and the space between them."""
+    return stable_hash(" ".join(text.lower().split()))
+
+
+def pad_texts(texts: Sequence[ViewText], attention: AttentionKind, pad: int, max_length: int | None = None) -> Texts:
+    """Pad the texts of one view to the longest, rounded up to a multiple of 8.
+
+    Args:
+        texts: At least one; either all have labels or none.
+        attention: The view's; "prefix" asks for every text's ``prefix``.
+        pad: Id at padding.
+        max_length: Most positions the encoder has; the rounding stops there.
+
+    Returns:
+        ids and keep [T, L], labels [T, L] (-100 at padding) and label_at [K] where the view has labels, prefix [T]
+        where attention is "prefix".
+    """
+    longest = max(len(text.ids) for text in texts)
+    length = _round_up(longest) if max_length is None else max(longest, min(_round_up(longest), max_length))
+    ids = np.full((len(texts), length), pad, dtype=np.int64)
+    keep = np.zeros((len(texts), length), dtype=np.bool_)
+    for row, text in enumerate(texts):
+        ids[row, : len(text.ids)] = text.ids
+        keep[row, : len(text.ids)] = True
+    prefix = None
+    if attention == "prefix":
+        prefix = torch.tensor([_prefix(text) for text in texts], dtype=torch.int64)
+    labels, label_at = _labels(texts, length)
+    return Texts(torch.from_numpy(ids), torch.from_numpy(keep), attention, prefix, labels=labels, label_at=label_at)
+
+
+def _round_up(number: int) -> int:
+    return -(-number // _MULTIPLE) * _MULTIPLE
+
+
+def _prefix(text: ViewText) -> int:
+    assert text.prefix is not None, "a view with attention prefix must say how long the prefix is"
+    return text.prefix
+
+
+def _labels(texts: Sequence[ViewText], length: int) -> tuple[Tensor | None, Tensor | None]:
+    """Labels [T, L] and their flat positions [K], K a multiple of 8 and never 0; None, None without labels."""
+    if all(text.labels is None for text in texts):
+        return None, None
+    labels = np.full((len(texts), length), -100, dtype=np.int64)
+    for row, text in enumerate(texts):
+        assert text.labels is not None and len(text.labels) == len(text.ids), (
+            "labels and ids of a view differ in length"
+        )
+        labels[row, : len(text.labels)] = text.labels
+    found = np.flatnonzero(labels != -100)
+    label_at = np.full(max(_round_up(len(found)), _MULTIPLE), -1, dtype=np.int64)
+    label_at[: len(found)] = found
+    return torch.from_numpy(labels), torch.from_numpy(label_at)
+
+
+def collate(
+    examples: Sequence[Example],
+    positions: Sequence[int],
+    tokenizer: Tokenizer,
+    views: Mapping[str, View],
+    max_length: int,
+    seed: int,
+) -> Batch:
+    """Make a batch: the view "clean" of images and texts, and every other text view.
+
+    Args:
+        examples: T samples, at least one.
+        positions: Their positions in the run, which key the views' draws.
+        tokenizer: Text to ids.
+        views: Text views besides "clean", by name.
+        max_length: Most ids of a text.
+        seed: Of the run.
+
+    Returns:
+        Batch with B = T * I images. ``image_of_text`` is None with one image per example, else [T, I]; ``position`` is
+        [T], one per example.
+
+    Raises:
+        ValueError: If images differ in size or examples in their number of images.
+    """
+    assert examples and len(examples) == len(positions) and "clean" not in views
+    encoded = [tokenizer.encode(example.text, max_length) for example in examples]
+    vocabulary, draw = tokenizer.vocabulary, Draw(seed)
+    texts = {"clean": pad_texts([ViewText(ids) for ids, _ in encoded], "full", vocabulary.pad, max_length)}
+    for name, view in views.items():
+        made = []
+        for example, position, own in zip(examples, positions, encoded, strict=True):
+            ids, starts = (
+                tokenizer.encode(example.other_texts[name], max_length) if name in example.other_texts else own
+            )
+            made.append(view.make(ids, starts, vocabulary, draw.sample(name, position)))
+        texts[name] = pad_texts(made, view.attention, vocabulary.pad, max_length)
+    images, image_of_text = _images(examples)
+    return Batch(
+        images=images,
+        texts=texts,
+        image_of_text=image_of_text,
+        targets=_targets(examples),
+        image_id=_image_ids(examples) if images else None,
+        caption_id=torch.tensor([caption_hash(example.text) for example in examples], dtype=torch.int64),
+        position=torch.tensor(list(positions), dtype=torch.int64),
+    )
+
+
+def _images(examples: Sequence[Example]) -> tuple[dict[str, Images], Tensor | None]:
+    """The view "clean" of all images, text by text, and which belong to each text."""
+    first = examples[0]
+    number = len(first.images)
+    for example in examples:
+        if len(example.images) != number:
+            raise ValueError(
+                f"data: sample '{example.key}' has {len(example.images)} images, sample '{first.key}' has {number}; "
+                "all samples of a task need the same number, name the images with data.image"
+            )
+    pixels = [image for example in examples for image in example.images]
+    if not pixels:
+        return {}, None
+    for example in examples:
+        if wrong := [image for image in example.images if image.shape != pixels[0].shape]:
+            raise ValueError(
+                f"data: an image of sample '{example.key}' is {tuple(wrong[0].shape)}, one of '{first.key}' is "
+                f"{tuple(pixels[0].shape)}; images of a batch need one size, use a transform that resizes to a square"
+            )
+    index = None if number == 1 else torch.arange(len(pixels)).view(len(examples), number)
+    return {"clean": Images(torch.stack([image.contiguous() for image in pixels]))}, index
+
+
+def _image_ids(examples: Sequence[Example]) -> Tensor:
+    """Id of each image, [B]; the images of one example are different images."""
+    ids = []
+    for example in examples:
+        own = stable_hash(example.key) if example.image_id is None else example.image_id
+        ids += [own] if len(example.images) == 1 else [stable_hash(f"{own}/{i}") for i in range(len(example.images))]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _targets(examples: Sequence[Example]) -> dict[str, Tensor]:
+    names = set(examples[0].targets)
+    for example in examples:
+        assert set(example.targets) == names, (
+            f"targets of {example.key}: {sorted(example.targets)}, not {sorted(names)}"
+        )
+    return {name: torch.from_numpy(np.stack([example.targets[name] for example in examples])) for name in sorted(names)}
