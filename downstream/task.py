@@ -1,7 +1,8 @@
 """What a task is: what it finetunes, how it is scored, and what it leaves per sample.
 
-A task is one file with one config class, a :class:`TaskConfig`; the union of kinds stands in ``downstream/__init__.py``.
-Its methods take ``Parts`` (model, tokenizer, resolved run): what training ends with and what a checkpoint loads to.
+A task is one file with one config class, a :class:`TaskConfig`; the union of kinds stands in ``downstream``'s
+``__init__.py``. Its methods take ``Parts`` (model, tokenizer, resolved run): what training ends with and what a
+checkpoint loads to.
 """
 
 from __future__ import annotations
@@ -14,19 +15,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from vlp.data.loader import DataConfig, Prepare
 
+from encoders import TextConfig
+from encoders.text import StackConfig
 from encoders.types import Batch
 from objectives import ObjectiveConfig
 from objectives.collectives import rank, world_size
 from vlp.config import Config
 from vlp.data.batch import Example, collate
+from vlp.data.loader import DataConfig, Prepare
 from vlp.data.order import rank_slice
 from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
 from vlp.data.records import IMAGE_EXTENSIONS
 from vlp.data.table import IMAGE_COLUMNS
 from vlp.data.transforms import EvalTransform
-from vlp.model import Model
+from vlp.decoder import DecoderConfig
+from vlp.model import Model, ModelConfig
 
 if TYPE_CHECKING:
     from vlp.run import Parts, RunConfig
@@ -108,6 +112,8 @@ class EvalSample:
     """A decoded sample and whose image it holds."""
 
     sample: Sample
+    index: int
+    """Its number in the reader."""
     image: str
     """Equal for samples of one source that show the same image."""
 
@@ -141,7 +147,7 @@ def read_samples(
         except BadSample as error:
             bad[error.key] = error.reason
             continue
-        yield EvalSample(sample, f"{raw.source}:{image_key(sample, data)}")
+        yield EvalSample(sample, index, f"{raw.source}:{image_key(sample, data)}")
 
 
 def without_images(raw: RawSample) -> RawSample:
@@ -168,7 +174,7 @@ def batches(parts: Parts, samples: Iterator[EvalSample], size: int) -> Iterator[
     """
     for group in groups(samples, size):
         examples = [
-            Example(one.sample.key, one.sample.images, (one.sample.texts or ("",))[0], {}, {}, number)
+            Example(one.sample.key, one.sample.images, (one.sample.texts or ("",))[0], image_id=number)
             for number, one in enumerate(group)
         ]
         yield group, make_batch(parts, examples)
@@ -176,10 +182,27 @@ def batches(parts: Parts, samples: Iterator[EvalSample], size: int) -> Iterator[
 
 def make_batch(parts: Parts, examples: Sequence[Example]) -> Batch:
     """Resize and tokenise examples for evaluation -> batch on the model's device, view "clean" only."""
-    resize, data = EvalTransform(parts.run.data.transform), parts.run.data
+    data, side = parts.run.data, parts.model.config.vision.image_size
+    resize = EvalTransform(data.transform.model_copy(update={"image_size": side}))
     resized = [replace(one, images=tuple(resize(image) for image in one.images)) for one in examples]
     batch = collate(resized, range(len(resized)), parts.tokenizer, {}, data.max_length, 0)
     return batch.to(parts.model.device)
+
+
+def decoder_beside(model: ModelConfig) -> DecoderConfig:
+    """Return a new decoder of the text encoder's sizes, as deep as the fusion where that is a stack of the same width.
+
+    Raises:
+        ValueError: the text encoder is not of kind text, whose vocabulary and embeddings a decoder takes.
+    """
+    text, fusion = model.text, model.fusion
+    if not isinstance(text, TextConfig):
+        raise ValueError(
+            f"a decoder needs model.text.kind text, but the checkpoint has {text.kind}; pretrain with kind text"
+        )
+    stack: StackConfig = fusion if isinstance(fusion, StackConfig) and fusion.width == text.width else text
+    sizes = {name: getattr(stack, name) for name in StackConfig.model_fields if name != "init"}
+    return DecoderConfig(**sizes | {"layers": stack.layers or 6})
 
 
 def groups(items: Iterator[T], size: int) -> Iterator[list[T]]:
@@ -194,9 +217,19 @@ def groups(items: Iterator[T], size: int) -> Iterator[list[T]]:
         yield group
 
 
-def my_indices(reader: Reader) -> range:
-    """Return this rank's share of the data: contiguous, so that gathered parts are in the data's order."""
-    return rank_slice(0, len(reader), rank(), world_size())
+def my_share(number: int) -> slice:
+    """Return this rank's part of ``number`` things: contiguous, so that gathered parts are in their order."""
+    share = rank_slice(0, number, rank(), world_size())
+    return slice(share.start, share.stop)
+
+
+def no_labels(which: str, number: int, bad: Mapping[str, str]) -> str:
+    """Return the error for data of which no sample can be used."""
+    key, reason = next(iter(bad.items()), ("", "no samples"))
+    return (
+        f"data.{which}: none of its {number} samples can be used; the first, {key!r}: {reason}; name the columns or "
+        "fields with --data.text and, for answers, --task.answer"
+    )
 
 
 def gather(items: list[T]) -> list[T]:
