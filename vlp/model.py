@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from pydantic import Field
@@ -56,6 +57,22 @@ class ModelConfig(Config):
     """Writes text; none = the model does not generate."""
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
     """Common space of image and text."""
+
+
+@dataclass(frozen=True)
+class EmbedGradients:
+    """What a loss over a whole step gives a micro-batch's embeds (``vlp.train.accumulate``)."""
+
+    embeds: Mapping[Embed, Tensor]
+    """Gradient of each embed, [B or T, E]."""
+    scale: Tensor
+    """[1], gradient of the log scale."""
+
+    def surrogate(self, results: Results) -> Tensor:
+        """Return a scalar whose gradients are these; its value means nothing."""
+        assert results.logit_scale is not None
+        parts = [(results[one] * gradient).sum() for one, gradient in self.embeds.items()]
+        return torch.stack([*parts, (results.logit_scale * self.scale).sum()]).sum()
 
 
 class Model(nn.Module):
@@ -210,6 +227,11 @@ class Model(nn.Module):
             draw: the step's randomness.
             names: only these objectives (sampled objectives, UNITER).
         """
+        return self._losses(batch, draw, names, first=())[1]
+
+    def _losses(self, batch: Batch, draw: Draw, names: Iterable[str] | None, first: Iterable[Pass]
+                ) -> tuple[Results, dict[str, LossOutput]]:
+        """Run the passes ``first``, then all others that the objectives need, then the objectives."""
         chosen = self.active(batch, names)
 
         def give_rows(results: Results) -> dict[str, Rows]:
@@ -218,8 +240,10 @@ class Model(nn.Module):
                 found |= objective.rows(results, batch, draw)
             return found
 
-        results = Step(self, batch).run(self.needs(chosen), give_rows)
-        return {name: objective(results, batch, draw) for name, objective in chosen.items()}
+        step = Step(self, batch)
+        step.run(first)
+        results = step.run(self.needs(chosen), give_rows)
+        return results, {name: objective(results, batch, draw) for name, objective in chosen.items()}
 
     def active(self, batch: Batch, names: Iterable[str] | None = None) -> dict[str, Objective]:
         """Return the objectives that a batch of these modalities can train.
@@ -233,18 +257,21 @@ class Model(nn.Module):
             raise ValueError(f"unknown objectives {unknown}; the model has {sorted(known)}")
         missing = {m for m, given in (("image", batch.images), ("text", batch.texts)) if not given}
         found = {name: known[name] for name in wanted if not any(views(known[name].needs)[m] for m in missing)}  # type: ignore[index]
-        if not found:
+        if wanted and not found:
             raise ValueError(f"no objective of {wanted} can use a batch without {' and '.join(sorted(missing))}")
         return found
 
     def counts(self, batch: Batch, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Return over how many terms each objective's mean goes, as device scalars."""
         device = self.device
-        return {name: torch.as_tensor(objective.count(batch), dtype=torch.float32, device=device)
-                for name, objective in self.active(batch, names).items()}
+        found = {name: objective.count(batch) for name, objective in self.active(batch, names).items()}
+        # `full` writes a number on the device; `as_tensor` would copy it there and wait.
+        return {name: n.to(device, torch.float32) if isinstance(n, Tensor) else torch.full((), n, device=device)
+                for name, n in found.items()}
 
     def forward(self, batch: Batch, draw: Draw, totals: Mapping[str, Tensor] | None = None,
-                names: Iterable[str] | None = None) -> tuple[Tensor, dict[str, LossOutput]]:
+                names: Iterable[str] | None = None, received: EmbedGradients | None = None
+                ) -> tuple[Tensor, dict[str, LossOutput]]:
         """Return the loss whose mean over ranks is that of the joined batch, and every objective's output.
 
         Args:
@@ -252,13 +279,17 @@ class Model(nn.Module):
             draw: its randomness.
             totals: each objective's count over all ranks and micro-batches of the step; None: over all ranks.
             names: only these objectives.
+            received: what losses over the whole step, which are not among ``names``, give this batch's embeds.
         """
-        outputs = self.losses(batch, draw, names)
+        # The embeds come first, as where their gradients were found: dropout then draws the same.
+        results, outputs = self._losses(batch, draw, names, () if received is None else received.embeds)
         counts = self.counts(batch, outputs)
         if totals is None:
             totals = global_counts(counts)
         parts = [self.weights[name] * out.loss * counts[name] * world_size() / totals[name].clamp(min=1)
                  for name, out in outputs.items()]
+        if received is not None:
+            parts.append(received.surrogate(results))
         return torch.stack([part.reshape(()) for part in parts]).sum(), outputs
 
     @property

@@ -59,8 +59,8 @@ class Step:
         self._read: dict[tuple[Modality, str], Tokens] = {}
 
     def run(self, passes: Iterable[Pass], give_rows: GiveRows | None = None) -> Results:
-        """Compute ``passes`` and all that they read; ``give_rows`` names the pairs once the embeds are known."""
-        wanted = sorted(close(passes), key=repr)
+        """Compute ``passes`` and all that they read, each once; ``give_rows`` names the pairs once the embeds are known."""
+        wanted = sorted(close(passes) - self.results.keys(), key=repr)
         for one in wanted:
             if isinstance(one, Encode):
                 self.results[one] = self._encode(one)

@@ -1,0 +1,151 @@
+"""Exact contrastive learning over the micro-batches of a step (GradCache, Gao et al. 2021, arXiv:2101.06983).
+
+A contrastive loss compares all pairs of a step, but only one micro-batch fits into memory at a time. So the embeds of
+all micro-batches are computed first without gradient and laid behind each other; the loss runs once on them and gives
+each embed its gradient; then each micro-batch runs again with gradient and hands its embeds theirs. The second run
+repeats the first exactly, because dropout is seeded by the micro-batch (:func:`seed_dropout`). The price is one more
+forward of the two towers.
+Shapes: B images, T texts of a micro-batch, E embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from encoders.types import Batch, Images, Texts
+from objectives.base import Draw, Embed, LossOutput, Objective, Results
+from objectives.collectives import world_size
+from objectives.pairs import image_of_text
+from vlp.model import EmbedGradients
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vlp.model import Model
+
+
+@dataclass(frozen=True)
+class StepContrast:
+    """What the contrastive objectives gave over a whole step of this rank."""
+
+    outputs: dict[str, LossOutput]
+    """By objective."""
+    counts: dict[str, Tensor]
+    """Over how many terms of this rank each objective's mean goes."""
+    gradients: list[EmbedGradients]
+    """What each micro-batch's embeds receive."""
+
+
+def seed_dropout(draw: Draw) -> None:
+    """Make dropout a pure function of (run seed, step, candidate group): a forward can be repeated or resumed."""
+    key = np.random.SeedSequence((draw.seed, draw.step, draw.group))
+    torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+
+
+def whole_step_objectives(model: Model, batches: Sequence[Batch], names: Iterable[str] | None = None) -> list[str]:
+    """Return the objectives that compare all embeds of a step and read nothing else."""
+    active = [model.active(batch, names) for batch in batches]
+    return [
+        name
+        for name, objective in active[0].items()
+        if model.objective_configs[name].trains_embed
+        and all(isinstance(one, Embed) for one in objective.needs)
+        and all(name in others for others in active)
+    ]
+
+
+def contrast_step(
+    model: Model,
+    batches: Sequence[Batch],
+    draws: Sequence[Draw],
+    names: Sequence[str],
+    totals: Mapping[str, Tensor],
+    precision: Callable[[], AbstractContextManager],
+) -> StepContrast:
+    """Run the objectives ``names`` once over all micro-batches of the step and all ranks.
+
+    Args:
+        model: not wrapped; it is run without gradient.
+        batches: this rank's micro-batches.
+        draws: each one's randomness.
+        names: from :func:`whole_step_objectives`.
+        totals: each objective's count over all ranks and micro-batches.
+        precision: the autocast context of a forward.
+    """
+    passes = sorted((one for one in model.needs(names) if isinstance(one, Embed)), key=repr)
+    parts: dict[Embed, list[Tensor]] = {one: [] for one in passes}
+    for batch, draw in zip(batches, draws, strict=True):
+        seed_dropout(draw)
+        with torch.no_grad(), precision():
+            results = model.run(passes, batch)
+        for one in passes:
+            parts[one].append(results[one])
+    assert model.logit_scale is not None
+    # Leaves of a graph of their own: the loss below reaches the embeds and the temperature, not the model.
+    embeds = [torch.cat(parts[one]).requires_grad_() for one in passes]
+    scale = model.logit_scale.detach().clone().requires_grad_()
+    joined, seen = join_pairs(batches), Results(scale)
+    seen.update(zip(passes, embeds, strict=True))
+    outputs, counts, terms = {}, {}, []
+    with precision():
+        for name in names:
+            objective = model.objectives[name]
+            assert isinstance(objective, Objective)
+            outputs[name] = objective(seen, joined, draws[0])
+            counts[name] = torch.full((), float(objective.count(joined)), device=scale.device)
+            share = counts[name] * world_size() / totals[name].clamp(min=1)
+            terms.append(model.weights[name] * share * outputs[name].loss)
+    *received, scale_gradient = torch.autograd.grad(torch.stack(terms).sum(), [*embeds, scale])
+    cut = [g.split([part.shape[0] for part in parts[one]]) for one, g in zip(passes, received, strict=True)]
+    gradients = [
+        # The temperature receives its gradient with the last micro-batch, the one whose backward crosses ranks.
+        EmbedGradients(
+            dict(zip(passes, of_batch, strict=True)),
+            scale_gradient if number == len(batches) - 1 else torch.zeros_like(scale_gradient),
+        )
+        for number, of_batch in enumerate(zip(*cut, strict=True))
+    ]
+    return StepContrast(outputs, counts, gradients)
+
+
+def join_pairs(batches: Sequence[Batch]) -> Batch:
+    """Lay micro-batches behind each other: their sizes, pairing and ids, without pixels and words."""
+    first = batches[0]
+    view, text_view = next(iter(first.images)), next(iter(first.texts))
+    pixels, ids = first.images[view].pixels, first.texts[text_view].ids
+    num_images, num_texts = sum(b.num_images for b in batches), sum(b.num_texts for b in batches)
+    index = None
+    if any(b.image_of_text is not None for b in batches):
+        starts = [sum(b.num_images for b in batches[:number]) for number in range(len(batches))]
+        index = torch.cat([image_of_text(b, ids.device) + start for b, start in zip(batches, starts, strict=True)])
+    return Batch(
+        images={view: Images(pixels.new_empty(num_images, 3, 0, 0))},
+        texts={text_view: Texts(ids.new_empty(num_texts, 0), ids.new_empty(num_texts, 0, dtype=torch.bool))},
+        image_of_text=index,
+        image_id=_join([b.image_id for b in batches]),
+        caption_id=_join([b.caption_id for b in batches]),
+        position=_join([b.position for b in batches]),
+        source=first.source,
+        seen=first.seen,
+        counts=_join_counts(batches),
+    )
+
+
+def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if len(known) == len(parts) else None
+
+
+def _join_counts(batches: Sequence[Batch]) -> tuple[tuple[int, int], ...] | None:
+    """Sum (images, texts) of every rank over micro-batches; None where all ranks have the same."""
+    if all(batch.counts is None for batch in batches):
+        return None
+    every = [batch.counts or ((batch.num_images, batch.num_texts),) * world_size() for batch in batches]
+    return tuple((sum(i for i, _ in of_rank), sum(t for _, t in of_rank)) for of_rank in zip(*every, strict=True))
