@@ -189,16 +189,15 @@ class Block(nn.Module):
 
 
 def initialise(module: nn.Module, std: float = 0.02) -> None:
-    """Fill our own layers as BERT does: normal(0, ``std``) weights, zero biases, unit norms."""
+    """Fill our own layers as BERT does: normal(0, ``std``) weights, zero biases, unit norms.
+
+    BERT's 0.02 belongs to inputs of 768 and more. Narrower inputs get a larger one, so that a small model's branches do
+    not start silent beside its residual stream (at width 128 its [CLS] would hardly see the text).
+    """
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=std)
+            nn.init.normal_(part.weight, std=std * math.sqrt(768 / min(part.in_features, 768)))
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=std)
-
-
-def chance_level(classes: float) -> float:
-    """Return the loss of a uniform guess over ``classes``, ln(classes)."""
-    return math.log(classes)
