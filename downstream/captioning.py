@@ -26,7 +26,7 @@ from downstream.task import (
     evaluating,
     gather,
     gather_bad,
-    my_share,
+    my_indices,
     no_labels,
     read_samples,
 )
@@ -116,7 +116,8 @@ class CaptioningConfig(TaskConfig):
         for one in read_samples(reader, parts.run.data, bad, images=False):
             first.setdefault(one.image, one.index)
             references.setdefault(one.image, []).extend(one.sample.texts)
-        mine = list(first.values())[my_share(len(first))]
+        order = list(first.values())
+        mine = [order[number] for number in my_indices(order)]
         rows = gather(list(self._captions(parts, read_samples(reader, parts.run.data, bad, indices=mine, texts=False))))
         bad = gather_bad(bad)
         if not rows:

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from vlp.data.benchmark import emoji_path
+from vlp.data.easy_vqa import SCHEME as EASY_VQA
+from vlp.data.easy_vqa import EasyVqaReader
 from vlp.data.records import IMAGE_EXTENSIONS, TEXT_FIELDS, BadSample, RawSample, Reader, digest
 from vlp.data.shards import ShardReader
 from vlp.data.table import TABLE_SUFFIXES, FolderReader, TableReader
@@ -19,6 +22,7 @@ from vlp.data.transforms import decode_image
 
 __all__ = ["BadSample", "RawSample", "Reader", "Sample", "decode_sample", "decode_texts", "open_reader"]
 
+EMOJI = "emoji:"
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # names of the Hugging Face image folder
 
 
@@ -51,7 +55,8 @@ def open_reader(
 
     Args:
         spec: Tar shards (path or fsspec url, with braces or globs), a table (csv, tsv, json, jsonl, parquet), a folder
-            of images (or of .tar files, or with a metadata.csv / .jsonl / .parquet), or a list of those, read in order.
+            of images (or of .tar files, or with a metadata.csv / .jsonl / .parquet), or a list of those, read in order;
+            ``emoji:STYLE,...`` for the embedded benchmark, ``easy-vqa:train`` or ``:test`` for easy-vqa.
         image: Tables: column or columns with image paths; None guesses.
         text: Tables: column with the text; None guesses.
         root: Tables: folder that image paths are relative to; None means the folder of the table.
@@ -60,14 +65,15 @@ def open_reader(
     Raises:
         ValueError: If nothing is there, nothing is left, or an option does not fit the form.
     """
-    specs = [spec] if isinstance(spec, str) else list(spec)
-    # A new scheme, such as "emoji:noto,twemoji", is resolved here, to the paths that it stands for.
+    specs = [path for name in ([spec] if isinstance(spec, str) else spec) for path in _resolve(name)]
     if not specs:
         raise ValueError("data: the list is empty; name shards, a table or a folder")
     if all(_is_shards(name) for name in specs):
         return _without_columns(ShardReader(specs, where), root)
     if len(specs) > 1:
         return ConcatReader([open_reader(name, image=image, text=text, root=root, where=where) for name in specs])
+    if specs[0].startswith(EASY_VQA):
+        return EasyVqaReader(specs[0].removeprefix(EASY_VQA), where)
     path = Path(specs[0])
     if path.is_dir():
         if any(path.glob("*.tar")):
@@ -84,6 +90,13 @@ def open_reader(
         known = ", ".join((".tar", *TABLE_SUFFIXES))
         raise ValueError(f"data: '{path}' is neither a folder nor a file ending in {known}; check the path")
     return TableReader(path, image, text, root, where)
+
+
+def _resolve(name: str) -> list[str]:
+    """The paths that a name stands for: ``emoji:noto,twemoji`` the shards of these styles."""
+    if not name.startswith(EMOJI):
+        return [name]
+    return [str(emoji_path(style.strip())) for style in name.removeprefix(EMOJI).split(",")]
 
 
 def _is_shards(name: str) -> bool:

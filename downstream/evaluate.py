@@ -1,0 +1,185 @@
+"""`vlp evaluate` and `vlp predict`: a checkpoint on a task's data, its numbers beside the blind floors, and what it
+said of every sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from rich.table import Table
+
+from downstream import AnyTask
+from downstream.task import Result, TaskConfig
+from objectives.collectives import rank
+from vlp.checkpoint.load import LoadedConfig
+from vlp.checkpoint.native import weights_of
+from vlp.config import Config, Layer
+from vlp.data.loader import DataConfig
+from vlp.data.reader import Reader, open_reader
+from vlp.loaded import Loaded
+from vlp.model import Model
+from vlp.run import Parts, RunConfig
+
+logger = logging.getLogger(__name__)
+
+RESULT = "result.json"
+PREDICTIONS = "predictions.jsonl"
+
+
+class EvaluateConfig(Config):
+    """A checkpoint, a task and its data."""
+
+    task: AnyTask
+    """What is asked of the model."""
+    checkpoint: str = ""
+    """Whose model: as for vlp.load."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    """`data.val` is scored; `data.train`, if named, gives the blind floors."""
+
+
+def inherited(config: LoadedConfig) -> Layer:
+    """Return what an evaluation or finetuning takes from its checkpoint, to lie below recipe and flags: how images and
+    texts are prepared. The image size is left to the model, so that it may be changed there.
+    """
+    data = config.data.model_dump(include={"tokenizer", "max_length", "transform"})
+    data["transform"].pop("image_size")
+    return Layer({"data": data}, "checkpoint")
+
+
+def parts_of(loaded: Loaded, data: DataConfig) -> Parts:
+    """Return a loaded model as what tasks take, with these data settings."""
+    run = RunConfig(model=loaded.model.config, objectives=dict(loaded.config.objectives), data=data)
+    return Parts(run, loaded.model, loaded.tokenizer, None)
+
+
+def open_data(data: DataConfig, which: str) -> Reader:
+    """Open ``data.train`` or ``data.val``.
+
+    Raises:
+        ValueError: it is not named, or cannot be opened.
+    """
+    spec = data.train if which == "train" else data.val
+    if not spec:
+        raise ValueError(f"data.{which} is not set; name the data with --data.{which} (shards, a table or a folder)")
+    where = data.val_where if which == "val" and data.val_where is not None else data.where
+    return open_reader(spec, image=data.image, text=data.text, root=data.root, where=where)
+
+
+def evaluate(run: EvaluateConfig, loaded: Loaded, folder: Path, *, command: str = "") -> Result:
+    """Score a loaded model on ``data.val``; write ``result.json`` and ``predictions.jsonl`` into ``folder``.
+
+    Args:
+        run: task and data.
+        loaded: the checkpoint, where it shall run.
+        folder: to write to.
+        command: for the result.
+
+    Raises:
+        ValueError: the data are not the task's, or the model lacks a part that the task needs.
+    """
+    task: TaskConfig = run.task
+    data = task.settings(run.data)
+    reader = open_data(data, "val")
+    survey = task.survey(open_data(data, "train"), data) if data.train else None
+    parts = parts_of(loaded, data)
+    result = task.evaluate(parts, reader, survey)
+    facts = {"checkpoint": {"source": run.checkpoint, "sha256": weights_hash(loaded.model)}, "command": command}
+    write_result(folder, run.task, result, data_facts(data, reader) | facts)
+    return result
+
+
+def predict(run: EvaluateConfig, loaded: Loaded, path: Path) -> int:
+    """Write a prediction for every sample of ``data.val``, which needs no labels, as JSON lines; return how many.
+
+    Raises:
+        ValueError: the data cannot be read, or the model lacks a part that the task needs.
+    """
+    data = run.task.settings(run.data)
+    rows = run.task.predict(parts_of(loaded, data), open_data(data, "val"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number = 0
+    with path.open("w", encoding="utf-8") as file:
+        for number, row in enumerate(rows, 1):  # noqa: B007 - the last number is the count
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return number
+
+
+def data_facts(data: DataConfig, reader: Reader) -> dict[str, Any]:
+    """Return what a number must name: which split, and by what hash it is known again."""
+    where = data.where if data.val_where is None else data.val_where
+    specs = [data.val] if isinstance(data.val, str) else list(data.val or ())
+    split = ", ".join(spec if ":" in spec else Path(spec).name for spec in specs)
+    split += f" where {', '.join(f'{name}={value}' for name, value in where.items())}" if where else ""
+    return {
+        "split": split,
+        "data": {"val": data.val, "where": where, "fingerprint": reader.fingerprint, "train": data.train},
+    }
+
+
+def write_result(folder: Path, task: AnyTask, result: Result, facts: Mapping[str, Any]) -> None:
+    """Write ``result.json`` and ``predictions.jsonl``; rank 0 does, the others have the same result."""
+    if rank() != 0:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {
+        "task": task.kind,
+        "headline": task.headline,
+        "metrics": result.metrics,
+        "floors": result.floors,
+        "counts": {"samples": len(result.predictions), "bad": len(result.bad)},
+        "bad": result.bad,
+        "notes": result.notes,
+        **facts,
+        "settings": task.model_dump(mode="json"),
+        "versions": versions(),
+    }
+    (folder / RESULT).write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result.predictions)
+
+
+def weights_hash(model: Model) -> str:
+    """Return the SHA-256 of a model's weights and their names, wherever they came from and in whatever file."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(weights_of(model).items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return state.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("vlp", "torch", "torchvision", "timm", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a checkout that is not installed
+            found[name] = "not installed"
+    return found
+
+
+def result_table(task: AnyTask, result: Result, before: Result | None = None, title: str = "") -> Table:
+    """Return the metrics as a table to print: before (where there is one), now, and each blind floor."""
+    columns: list[tuple[str, Mapping[str, float]]] = [("before", before.metrics)] if before is not None else []
+    columns += [("after" if before is not None else "model", result.metrics), *result.floors.items()]
+    table = Table(title=title or task.kind, caption="\n".join(result.notes), caption_justify="left")
+    table.add_column("metric")
+    for name, _ in columns:
+        table.add_column(name, justify="right")
+    for name in headline_first(task, list(result.metrics)):
+        table.add_row(name, *(f"{values[name]:.3f}" if name in values else "" for _, values in columns))
+    return table
+
+
+def headline_first(task: AnyTask, names: Sequence[str]) -> list[str]:
+    """Return metric names with the task's headline first."""
+    return sorted(names, key=lambda name: name != task.headline)
