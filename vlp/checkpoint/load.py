@@ -50,7 +50,7 @@ def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: str |
         source: a checkpoint folder; a run folder (its newest whole checkpoint); an address of either that fsspec knows
             (``s3://bucket/run``); or a hub id ``owner/name`` or ``owner/name@revision`` (honours ``HF_HUB_OFFLINE``).
         device: where the model goes.
-        dtype: of its weights, as torch names it (``"bfloat16"``); None: as they are stored.
+        dtype: of its weights, as torch names it (``"bfloat16"``); None: float32.
         config: settings laid over the stored ones, such as ``{"model": {"vision": {"image_size": 384}}}``.
         allow_missing: patterns of weights that need not be stored.
         ignore: patterns of stored weights to leave out.
