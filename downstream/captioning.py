@@ -26,7 +26,7 @@ from downstream.task import (
     evaluating,
     gather,
     gather_bad,
-    my_indices,
+    my_share,
     no_labels,
     read_samples,
 )
@@ -116,8 +116,7 @@ class CaptioningConfig(TaskConfig):
         for one in read_samples(reader, parts.run.data, bad, images=False):
             first.setdefault(one.image, one.index)
             references.setdefault(one.image, []).extend(one.sample.texts)
-        order = list(first.values())
-        mine = [order[number] for number in my_indices(order)]
+        mine = list(first.values())[my_share(len(first))]
         rows = gather(list(self._captions(parts, read_samples(reader, parts.run.data, bad, indices=mine, texts=False))))
         bad = gather_bad(bad)
         if not rows:

@@ -76,7 +76,7 @@ def finetune(
 ) -> Finetuned:
     """Score the checkpoint where it can do the task already, train it, score it again.
 
-    Writes into ``folder`` the run (log, checkpoints that ``vlp.load`` reads), ``result.json`` and ``predictions.jsonl``.
+    Writes into ``folder`` the run (log and checkpoints for ``vlp.load``), ``result.json`` and ``predictions.jsonl``.
 
     Args:
         run: as ``finetune_config`` gives it.

@@ -7,7 +7,7 @@ checkpoint loads to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -217,9 +217,10 @@ def groups(items: Iterator[T], size: int) -> Iterator[list[T]]:
         yield group
 
 
-def my_indices(items: Sized) -> range:
-    """Return this rank's part of the items: contiguous, so that gathered parts are in their order."""
-    return rank_slice(0, len(items), rank(), world_size())
+def my_share(number: int) -> slice:
+    """Return this rank's part of ``number`` things: contiguous, so that gathered parts are in their order."""
+    share = rank_slice(0, number, rank(), world_size())
+    return slice(share.start, share.stop)
 
 
 def no_labels(which: str, number: int, bad: Mapping[str, str]) -> str:

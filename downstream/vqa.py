@@ -29,7 +29,7 @@ from downstream.task import (
     evaluating,
     gather,
     gather_bad,
-    my_indices,
+    my_share,
     no_labels,
     read_samples,
 )
@@ -175,7 +175,7 @@ class VqaConfig(TaskConfig):
         return tuple(chosen[: self.max_answers])
 
     def adapt(self, run: R, pretrained: Mapping[str, ObjectiveConfig], survey: VqaSurvey) -> R:
-        """Replace the pretraining objectives by an answer head, or the decoder; a fitting head of the checkpoint stays."""
+        """Replace the pretraining objectives by an answer head or decoder; a fitting head of the checkpoint stays."""
         objectives, model = dict(run.objectives), run.model
         if self.generative:
             lm = objectives.get("lm", LmConfig())
@@ -218,7 +218,7 @@ class VqaConfig(TaskConfig):
         training answer to the same question text, and the majority's where the text is new.
         """
         bad: dict[str, str] = {}
-        samples = read_samples(reader, parts.run.data, bad, indices=my_indices(reader))
+        samples = read_samples(reader, parts.run.data, bad, indices=range(len(reader))[my_share(len(reader))])
         truths: list[Truth] = []
 
         def remember() -> Iterator[EvalSample]:
