@@ -100,8 +100,8 @@ def contrast_step(
             assert isinstance(objective, Objective)
             outputs[name] = objective(seen, joined, draws[0])
             counts[name] = torch.full((), float(objective.count(joined)), device=scale.device)
-            share = counts[name] * world_size() / totals[name].clamp(min=1)
-            terms.append(model.weights[name] * share * outputs[name].loss)
+            weighted = model.weights[name] * outputs[name].loss * counts[name]
+            terms.append(weighted * world_size() / totals[name].clamp(min=1))
     *received, scale_gradient = torch.autograd.grad(torch.stack(terms).sum(), [*embeds, scale])
     cut = [g.split([part.shape[0] for part in parts[one]]) for one, g in zip(passes, received, strict=True)]
     gradients = [
