@@ -78,6 +78,9 @@ class PatchEncoder(nn.Module):
         ValueError: timm does not know the model, or the sizes do not fit each other.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: PatchConfig) -> None:
         super().__init__()
         self.vit: Any = _create(config, pretrained=False)  # timm's attributes are untyped
@@ -96,15 +99,25 @@ class PatchEncoder(nn.Module):
         return self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
 
     def load_pretrained(self) -> None:
-        """Fill the weights with timm's, where the recipe asks for them."""
-        if self.config.pretrained:
-            self.vit.load_state_dict(_create(self.config, pretrained=True).state_dict())
+        """Fill the weights with timm's, where the recipe asks for them; a shallower model takes the first blocks.
+
+        Raises:
+            ValueError: the published model has fewer blocks.
+        """
+        if not self.config.pretrained:
+            return
+        theirs = _create(self.config.model_copy(update={"depth": None}), pretrained=True).state_dict()
+        ours = self.vit.state_dict()
+        if missing := sorted(ours.keys() - theirs.keys()):
+            raise ValueError(f"model.vision.depth {self.config.depth}: the pretrained {self.config.model!r} has no "
+                             f"{missing[0]}; lower it or set pretrained false")
+        self.vit.load_state_dict({name: theirs[name] for name in ours})
 
     def forward(self, images: Images, layers: bool = False) -> Tokens:
         """Images -> Tokens, states [B, N, D]; with ``layers`` also every block's states."""
         pixels = images.pixels
         if not pixels.is_floating_point():
-            pixels = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std  # type: ignore[operator]
+            pixels = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
         keep, mask = self._keep(images.keep)
         hook = None
         if images.masked is not None:
@@ -148,7 +161,7 @@ def _channels(values: tuple[float, ...] | None) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
 
 
-def _create(config: PatchConfig, pretrained: bool) -> nn.Module:
+def _create(config: PatchConfig, pretrained: bool) -> Any:
     wanted = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth,
               "num_heads": config.heads}
     arguments: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
@@ -166,11 +179,16 @@ def _create(config: PatchConfig, pretrained: bool) -> nn.Module:
 
 
 def rename_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the blocks of a timm ViT to those of our own stacks (``blocks.N.*``), splitting its fused qkv."""
+    """Rename blocks and last norm of a timm ViT to those of our own stacks (``blocks.N.*``, ``final_norm.*``).
+
+    Its fused qkv is split.
+    """
     names = {"norm1": "attention_norm", "norm2": "feed_norm", "attn.proj": "attention.out",
              "mlp.fc1": "feed.up", "mlp.fc2": "feed.down"}
     renamed = {}
     for name, tensor in state.items():
+        if name.startswith("norm."):
+            renamed[f"final_{name}"] = tensor
         if not name.startswith("blocks."):
             continue
         _, number, rest = name.split(".", 2)
@@ -184,7 +202,7 @@ def rename_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_vit(module: nn.Module, model: str) -> None:
-    """Fill ``module.blocks`` from the blocks of a pretrained timm ViT (ViLT, section 3.1).
+    """Fill ``module.blocks`` and ``module.final_norm`` from a pretrained timm ViT (ViLT, section 3.1).
 
     Raises:
         ValueError: the ViT has too few blocks or other sizes.
@@ -192,7 +210,7 @@ def load_vit(module: nn.Module, model: str) -> None:
     theirs = rename_vit(timm.create_model(model, pretrained=True, num_classes=0).state_dict())
     wanted = {}
     for name, tensor in module.state_dict().items():
-        if not name.startswith("blocks.") or ".cross" in name:
+        if not name.startswith(("blocks.", "final_norm.")) or ".cross" in name:
             continue
         if name not in theirs or theirs[name].shape != tensor.shape:
             raise ValueError(f"init timm:{model} has no {name} of shape {tuple(tensor.shape)}; use a ViT of these sizes")

@@ -1,0 +1,151 @@
+"""Every pretraining recipe: it restates nothing, has the published size, and its step runs on every kind of device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from objectives.base import Draw
+from vlp.config import Config, configs_folder, list_recipes, load, restated
+from vlp.model import Model, build_model, parameters_by_part
+from vlp.run import RunConfig, settle
+from vlp.show import meta_model, synthetic_batch
+from vlp.train.optim import build_optimizer, check_parts
+
+RECIPES = list_recipes("pretrain")
+
+# Published parameters, in which of our parts they are counted, and how near we must be.
+PUBLISHED: dict[str, tuple[float, Callable[[dict[str, int]], int], float]] = {
+    # 123.7M text (BERT with cross-attention and its MLM head) + 85.8M image; projections and ITM head not counted.
+    "pretrain/albef": (209.5e6, lambda p: p["vision"] + p["text"] + p["fusion"] + p["objectives.mlm"], 0.001),
+    "pretrain/clip_vit_b32": (151.3e6, lambda p: sum(p.values()), 0.001),
+    # The survey's figure, which does not say what it includes: everything, with MLM's untied output of 38.6M.
+    "pretrain/meter": (345e6, lambda p: sum(p.values()), 0.04),
+    # Blocks and patch embedding, with neither the word embeddings nor the heads.
+    "pretrain/vilt": (87.4e6, lambda p: p["vision"] + p["fusion"], 0.01),
+}
+
+SMALL: dict[str, Callable[[Any], Any]] = {
+    "width": lambda value: 32,
+    "heads": lambda value: 4,
+    "hidden": lambda value: None if value is None else 64,
+    "layers": lambda value: min(value, 2),
+    "depth": lambda value: 2 if value is None else min(value, 2),
+    "init": lambda value: None,
+    "pretrained": lambda value: False,
+    "image_size": lambda value: None if value is None else 32,
+    "patch_size": lambda value: 4,
+    "stem": lambda value: (8,) * len(value),
+    "vocabulary_size": lambda value: 64,
+    "max_length": lambda value: 16,
+    "micro_batch": lambda value: 6,
+}
+
+
+def shrink(config: Config) -> Any:
+    """The same configuration with small sizes, by the names of its fields, and nothing pretrained."""
+    found: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, Config):
+            value = shrink(value)
+        elif isinstance(value, dict):
+            value = {key: shrink(each) if isinstance(each, Config) else each for key, each in value.items()}
+        elif name in SMALL:
+            value = SMALL[name](value)
+        found[name] = value
+    return type(config)(**found)
+
+
+@cache
+def resolved(recipe: str) -> RunConfig:
+    return settle(load(RunConfig, recipe))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_line_restates_what_it_would_have_had(recipe):
+    assert restated(RunConfig, recipe) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_head_comment_says_what_it_is(recipe):
+    head = (configs_folder() / f"{recipe}.yaml").read_text().split("\n\n")[0].partition("\nmodel:")[0]
+    assert head.startswith("# ")
+    assert (
+        f"vlp pretrain {recipe.removeprefix('pretrain/')}" in head or f"vlp {recipe.removeprefix('pretrain/')}" in head
+    )
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_parameters_are_the_published_ones(recipe):
+    published, count, tolerance = PUBLISHED[recipe]
+    parts = parameters_by_part(meta_model(resolved(recipe)))
+    assert count(parts) == pytest.approx(published, rel=tolerance)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_learning_rates_name_parts_of_the_model(recipe):
+    run = resolved(recipe)
+    check_parts(run.train.optim.lr_scale, [name for name, _ in meta_model(run).named_parameters()])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_step_on_the_meta_device(recipe):
+    """Forward and backward: a tensor made on the wrong device, or a wait for the device, raises here."""
+    run = resolved(recipe)
+    model = meta_model(run).train()
+    batch = synthetic_batch(model, 8, run.data.max_length)
+    loss, outputs = model(batch, Draw(0))
+    loss.backward()
+    assert loss.is_meta and set(outputs) == set(run.objectives)
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_step_on_a_cuda_device_that_is_not_there(recipe):
+    """Forward only: backward would need a real context."""
+    run = resolved(recipe)
+    model = meta_model(run).train()
+    batch = synthetic_batch(model, 8, run.data.max_length, device="cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model.to_empty(device="cuda:0")
+        loss, _ = model(batch.to("cuda:0"), Draw(0))
+    assert loss.device == torch.device("cuda:0")
+
+
+def test_fake_device_finds_what_it_is_there_for():
+    """The mistakes that the test above must not let pass: a tensor left on the host, and a wait for the device."""
+    outside = torch.ones(4)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        there = torch.empty(4, device="cuda:0")
+        with pytest.raises(RuntimeError, match="device"):
+            there + outside
+        with pytest.raises(DataDependentOutputException):
+            there.sum().item()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_steps_when_shrunk(recipe):
+    run = shrink(resolved(recipe))
+    model: Model = build_model(run.model, run.objectives, vocabulary_size=64, pretrained=False).train()
+    optimizer = build_optimizer(model, run.train.optim)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for step in range(2):
+        batch = synthetic_batch(model, 6, 12, device="cpu", seen=6 * step)
+        optimizer.zero_grad()
+        loss, _ = model(batch, Draw(0, step))
+        loss.backward()
+        wrong = [
+            n
+            for n, p in model.named_parameters()
+            if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+        ]
+        assert wrong == []
+        optimizer.step()
+    same = [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
+    assert same == []

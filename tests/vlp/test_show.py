@@ -1,0 +1,94 @@
+"""`vlp show`: plan, FLOPs and parameters; and that sharing passes changes neither losses nor gradients."""
+
+import io
+
+import pytest
+import torch
+from helpers import tiny_batch, tiny_model
+from rich.console import Console
+
+from objectives.base import Draw
+from vlp.config import load
+from vlp.run import RunConfig
+from vlp.show import flops, meta_model, plan_rows, show, synthetic_batch
+
+
+@pytest.fixture(scope="module")
+def albef():
+    run = load(RunConfig, "pretrain/albef")
+    model = meta_model(run)
+    return model, synthetic_batch(model, 8, run.data.max_length)
+
+
+def test_albef_encodes_each_image_once(albef):
+    plan = plan_rows(*albef)
+    encodes = {row.what: (row.rows, row.used_by) for row in plan.rows if row.kind == "encode"}
+    assert encodes["image clean"] == (1, ("itc", "itm", "mlm"))
+    assert set(encodes) == {"image clean", "text clean", "text masked"}
+    assert plan.calls == {"vision": 1, "text": 2, "fusion": 1}
+    fused = {row.what: (row.rows, row.used_by) for row in plan.rows if row.kind == "fuse"}
+    assert fused == {
+        "image clean + text clean": (1, ("itm",)),
+        "image clean + text clean, pairs that itm draws": (2, ("itm",)),
+        "image clean + text masked": (1, ("mlm",)),
+    }
+
+
+def test_albef_shares_at_least_half(albef):
+    shared, alone = flops(*albef)
+    assert set(alone) == {"itc", "itm", "mlm"}
+    assert shared <= 0.5 * sum(alone.values())
+    # By hand, per sample and forward: ViT 46 GFLOPs, two texts through six layers 5.2, four fused rows 12.6, their
+    # image keys and values 3.6, words at the masked positions 0.2.
+    assert shared / 1e9 == pytest.approx(67.7, rel=0.01)
+
+
+def test_flops_of_clip_are_the_published_ones():
+    run = load(RunConfig, "pretrain/clip_vit_b32")
+    model = meta_model(run)
+    shared, alone = flops(model, synthetic_batch(model, 8, run.data.max_length))
+    assert shared == alone["itc"]
+    assert shared / 1e9 == pytest.approx(14.78, abs=0.005)  # open_clip's table, one pair with 77 tokens
+
+
+def test_decoder_reads_the_image_that_is_encoded_anyway():
+    model = tiny_model("dual_stream", ("itc", "itm", "mlm", "lm"))
+    plan = plan_rows(model, tiny_batch(4))
+    assert plan.calls == {"vision": 1, "text": 2, "fusion": 1, "decoder": 1}
+    decode = next(row for row in plan.rows if row.kind == "decode")
+    assert (decode.what, decode.rows, decode.used_by) == ("text causal, memory image clean", 1, ("lm",))
+    image = next(row for row in plan.rows if row.what == "image clean" and row.kind == "encode")
+    assert image.used_by == ("itc", "itm", "mlm", "lm")
+
+
+def test_what_is_printed():
+    out = io.StringIO()
+    Console(file=out, width=160).print(show(load(RunConfig, "pretrain/albef")))
+    text = out.getvalue()
+    for wanted in (
+        "bert-base-uncased",
+        "fusion x 1; 4 fused rows per sample",
+        "85.84",
+        "209.94",
+        "one step, passes shared",
+    ):
+        assert wanted in text
+
+
+@pytest.mark.parametrize("fusion", ["none", "single_stream", "dual_stream", "co"])
+def test_sharing_changes_neither_losses_nor_gradients(fusion):
+    names = ("itc", "mlm") if fusion == "none" else ("itc", "itm", "mlm", "lm")
+    model = tiny_model(fusion, names).double()
+    batch = tiny_batch(6)
+    shared, outputs = model(batch, Draw(0))
+    shared.backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for name in names:
+        alone, output = model(batch, Draw(0), names=[name])
+        alone.backward()
+        torch.testing.assert_close(output[name].loss, outputs[name].loss, rtol=1e-5, atol=1e-6)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(
+            p.grad, together[name], rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -1,0 +1,224 @@
+"""`vlp show`: what a recipe resolves to, what a step computes, and what that costs; without data and without weights.
+
+Everything runs on the meta device: shapes flow, nothing is allocated.
+Shapes: B images, T texts (one an image here), L text length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Group, RenderableType
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from encoders.types import Batch, Images, Modality, Texts, Tokens, Vocabulary
+from objectives.base import Decode, Draw, Embed, Encode, Fused, Pass, Results, Rows, ViewText
+from vlp.config import to_yaml
+from vlp.data.batch import pad_texts
+from vlp.model import Model, build_model, parameters_by_part
+from vlp.passes import Step, close, views
+from vlp.run import RunConfig, settle
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One pass of the plan."""
+
+    kind: str
+    """encode, embed, fuse or decode."""
+    what: str
+    """What it reads."""
+    rows: float
+    """Rows per sample."""
+    used_by: tuple[str, ...]
+    """Objectives that read it, or a pass that reads it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step computes."""
+
+    rows: list[PlanRow]
+    """Its passes, in the order in which they run."""
+    calls: dict[str, int]
+    """How often each part of the model is called; all fuse rows of a step share as few calls as they can."""
+
+
+def meta_model(run: RunConfig) -> Model:
+    """Build the run's model on the meta device, without its published weights.
+
+    Raises:
+        ValueError: the parts do not fit each other, or the vocabulary's size is not known.
+    """
+    tokenizer = run.data.tokenizer
+    with torch.device("meta"):
+        return build_model(
+            run.model,
+            run.objectives,
+            pretrained=False,
+            vocabulary_size=tokenizer.size if tokenizer.source == "train" else None,
+        )
+
+
+def synthetic_batch(model: Model, size: int, length: int, device: torch.device | str = "meta", seen: int = 0) -> Batch:
+    """Make a batch of ``size`` pairs that no data stand behind, with every view that the objectives read.
+
+    Args:
+        model: says which views, pixels and words there are.
+        size: B = T.
+        length: L of the clean text, special ids included.
+        device: of its tensors; on "meta" nothing but shapes.
+        seen: samples before this step.
+    """
+    words = Vocabulary(model.text.word_embedding.shape[0], pad=0, cls=1, sep=2, mask=3, bos=1, eos=2)
+    draw = Draw()
+    texts: dict[str, Texts] = {}
+    ids = [draw.sample("words", position).integers(4, words.size, length) for position in range(size)]
+    starts = np.ones(length, dtype=bool)
+    starts[[0, -1]] = False
+    for row in ids:
+        row[[0, -1]] = words.cls, words.sep
+    texts["clean"] = pad_texts([ViewText(row) for row in ids], "full", words.pad, length)
+    for name, view in model.text_views().items():
+        made = [view.make(row, starts, words, draw.sample(name, position)) for position, row in enumerate(ids)]
+        texts[name] = pad_texts(made, view.attention, words.pad, length)
+    side = model.vision.config.image_size
+    pixels = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
+    names = views(model.needs())["image"] | {"clean"}
+    number = torch.arange(size)
+    host = Batch(texts=texts, image_id=number, caption_id=number, position=number, seen=seen)
+    return replace(host.to(device), images={name: Images(pixels) for name in sorted(names)})
+
+
+@torch.no_grad()
+def plan_rows(model: Model, batch: Batch) -> Plan:
+    """Run one step's passes and return what ran: encodes as the encoders are called, then the other passes."""
+    chosen = model.active(batch)
+    draw = Draw()
+    found: list[PlanRow] = []
+    calls = {part: 0 for part in ("vision", "text", "fusion", "decoder") if getattr(model, part) is not None}
+
+    def users(wanted: Callable[[frozenset[Pass]], bool]) -> tuple[str, ...]:
+        return tuple(name for name, objective in chosen.items() if wanted(close(objective.needs)))
+
+    def record(part: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        calls[part] += 1
+        if part in ("vision", "text"):
+            given: Mapping[str, Any] = batch.images if part == "vision" else batch.texts
+            modality: Modality = "image" if part == "vision" else "text"
+            view = next(name for name, value in given.items() if value is args[0])
+            number = batch.num_images if part == "vision" else batch.num_texts
+            by = users(lambda passes: view in views(passes)[modality])
+            found.append(PlanRow("encode", f"{modality} {view}", number / batch.num_texts, by))
+
+    def give_rows(results: Results) -> dict[str, Rows]:
+        return {name: rows for one in chosen.values() for name, rows in one.rows(results, batch, draw).items()}
+
+    hooks = [getattr(model, part).register_forward_pre_hook(partial(record, part)) for part in calls]
+    try:
+        results = Step(model, batch).run(model.needs(chosen), give_rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for one, result in results.items():
+        if not isinstance(one, Encode):
+            by = users(lambda passes, one=one: one in passes)  # type: ignore[misc]
+            found.append(PlanRow(type(one).__name__.lower(), _reads(one), _num_rows(result) / batch.num_texts, by))
+    return Plan(found, calls)
+
+
+def _reads(one: Pass) -> str:
+    """Say what a pass reads."""
+    if isinstance(one, Encode | Embed):
+        return f"{one.modality} {one.view}"
+    if isinstance(one, Decode):
+        return f"text {one.text}, memory {_reads(one.memory)}"
+    sides = " + ".join(f"{side} {view}" for side, view in (("image", one.image), ("text", one.text)) if view)
+    return f"{sides}, pairs that {one.rows} draws" if one.rows else sides
+
+
+def _num_rows(result: Tensor | Tokens | Fused) -> int:
+    if isinstance(result, Tensor):
+        return result.shape[0]
+    return result.pooled.shape[0]
+
+
+@torch.no_grad()
+def flops(model: Model, batch: Batch) -> tuple[float, dict[str, float]]:
+    """Count forward FLOPs per sample, a multiply-add as two: (all objectives at once, each objective alone).
+
+    ``batch`` must be on the meta device: on CPU the counter misses attention.
+    """
+
+    def count(names: list[str]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            model.losses(batch, Draw(), names)
+        return counter.get_total_flops() / max(batch.num_images, batch.num_texts)
+
+    names = list(model.active(batch))
+    return count(names), {name: count([name]) for name in names}
+
+
+def show(run: RunConfig) -> RenderableType:
+    """Return what `vlp show` prints: the resolved tree, the plan, parameters by part and FLOPs per sample.
+
+    Raises:
+        ValueError: the recipe cannot be built.
+    """
+    run = settle(run)
+    model = meta_model(run)
+    batch = synthetic_batch(model, run.train.micro_batch, run.data.max_length, seen=run.train.samples)
+    return Group(
+        Syntax(to_yaml(run), "yaml", background_color="default", word_wrap=True),
+        _plan_table(plan_rows(model, batch)),
+        _parameter_table(parameters_by_part(model)),
+        _flops_table(*flops(model, batch)),
+    )
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("pass", "reads", "for", "part", "") else "right")
+    return table
+
+
+def _plan_table(plan: Plan) -> RenderableType:
+    table = _table("One step", "pass", "reads", "rows per sample", "for")
+    for row in plan.rows:
+        table.add_row(row.kind, row.what, f"{row.rows:g}", ", ".join(row.used_by))
+    calls = ", ".join(f"{part} x {number}" for part, number in plan.calls.items())
+    fused = sum(row.rows for row in plan.rows if row.kind == "fuse")
+    text = f"Calls: {calls}" + (f"; {fused:g} fused rows per sample" if fused else "")
+    return Group(table, Text(text))
+
+
+def _parameter_table(parts: dict[str, int]) -> Table:
+    table = _table("Parameters", "part", "millions")
+    for part, number in parts.items():
+        table.add_row(part, f"{number / 1e6:.2f}")
+    table.add_section()
+    table.add_row("all", f"{sum(parts.values()) / 1e6:.2f}")
+    return table
+
+
+def _flops_table(shared: float, alone: dict[str, float]) -> Table:
+    table = _table("Forward GFLOPs per sample", "", "GFLOPs")
+    for name, number in alone.items():
+        table.add_row(f"{name} alone", f"{number / 1e9:.2f}")
+    table.add_section()
+    unshared = sum(alone.values())
+    table.add_row("one objective at a time", f"{unshared / 1e9:.2f}")
+    table.add_row("one step, passes shared", f"{shared / 1e9:.2f}")
+    table.add_row("share", f"{100 * shared / unshared:.0f} %")
+    return table
