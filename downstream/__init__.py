@@ -5,6 +5,7 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from downstream.captioning import CaptioningConfig
+from downstream.retrieval import RetrievalConfig
 from downstream.vqa import VqaConfig
 
-AnyTask: TypeAlias = Annotated[VqaConfig | CaptioningConfig, Field(discriminator="kind")]
+AnyTask: TypeAlias = Annotated[VqaConfig | CaptioningConfig | RetrievalConfig, Field(discriminator="kind")]

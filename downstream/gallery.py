@@ -1,0 +1,335 @@
+"""All images and texts of a data set, and the model run over them: embeds once each, pairs in blocks of images.
+
+All ranks share the work and get the whole result. No table of all pairs is ever made; memory grows with the gallery's
+embeddings (N x E) and with one batch or block.
+Shapes: N images, S texts, E embedding, P pairs, Q queries, C keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from downstream.task import evaluating, gather, gather_bad, read_samples
+from encoders.types import Batch, Images, Texts
+from objectives.base import Embed, Fuse, Rows, ViewText
+from objectives.collectives import gather_no_grad, rank, world_size
+from objectives.itm import Itm
+from vlp.data.batch import pad_texts
+from vlp.data.loader import DataConfig
+from vlp.data.order import rank_slice
+from vlp.data.reader import BadSample, Reader, decode_sample
+from vlp.data.tokenizer import Tokenizer
+from vlp.data.transforms import EvalTransform
+from vlp.model import Model
+
+_PAIRS = Fuse(rows="pairs")
+
+
+@dataclass(frozen=True)
+class Pixels(Dataset[Any]):
+    """Images of a reader as the encoder takes them; picklable, for loader workers."""
+
+    reader: Reader
+    rows: npt.NDArray[np.int64]
+    """Where the reader has each image."""
+    data: DataConfig
+    transform: EvalTransform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor | BadSample:
+        """Return uint8 [3, H, W] of the encoder's size; an unusable image comes back as its error."""
+        try:
+            raw = self.reader[int(self.rows[index])]
+            sample = decode_sample(raw, image=self.data.image, text=self.data.text, need_text=False)
+        except BadSample as error:
+            return error
+        return self.transform(sample.images[0])
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What is searched, in both directions."""
+
+    pixels: Dataset[Any]
+    """Item n -> uint8 [3, H, W] of image n, or a BadSample."""
+    ids: Sequence[npt.NDArray[np.int64]]
+    """Token ids of each text, special ones included."""
+    image_of_text: Tensor
+    """[S] int64, on the CPU."""
+    image_keys: Sequence[str]
+    """Name of each image."""
+    captions: Sequence[str]
+    """Each text in words."""
+    pad: int = 0
+    """Id at padding."""
+    max_length: int | None = None
+    """Most positions that the text encoder has."""
+    workers: int = 0
+    """Processes that decode images; 0 = this one."""
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.image_keys)
+
+    @property
+    def num_texts(self) -> int:
+        """S."""
+        return len(self.ids)
+
+    def texts(self, index: Sequence[int]) -> Texts:
+        """Return these texts, padded to the longest of them."""
+        return pad_texts([ViewText(self.ids[i]) for i in index], "full", self.pad, self.max_length)
+
+    def images(self, blocks: Sequence[Sequence[int]]) -> Iterator[list[Tensor | BadSample]]:
+        """Yield the pixels of each block of images."""
+        workers = self.workers if len(blocks) > self.workers else 0
+        yield from DataLoader(
+            self.pixels,
+            batch_sampler=blocks,  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=list,
+            generator=torch.Generator(),  # torch would draw from the global one, which a training run may be using
+        )
+
+    def without(self, images: Collection[int]) -> Gallery:
+        """Return the gallery without these images and their texts."""
+        kept = [n for n in range(self.num_images) if n not in images]
+        number = torch.full((self.num_images,), -1)
+        number[kept] = torch.arange(len(kept))
+        texts = self.texts_of(kept)
+        return replace(
+            self,
+            pixels=Subset(self.pixels, kept),
+            ids=[self.ids[s] for s in texts],
+            image_of_text=number[self.image_of_text[texts]],
+            image_keys=[self.image_keys[n] for n in kept],
+            captions=[self.captions[s] for s in texts],
+        )
+
+    def texts_of(self, images: Collection[int]) -> list[int]:
+        """Return the texts of these images."""
+        wanted = set(images)
+        return [s for s, n in enumerate(self.image_of_text.tolist()) if n in wanted]
+
+
+def open_gallery(
+    reader: Reader, data: DataConfig, tokenizer: Tokenizer, image_size: int, bad: dict[str, str], texts: bool = True
+) -> Gallery:
+    """Make the gallery of all images and all texts; samples of the same image become one image with several texts.
+
+    Images are decoded when they are embedded.
+
+    Args:
+        reader: the data.
+        data: names the members or columns, and says how images are resized.
+        tokenizer: text to ids.
+        image_size: of the vision encoder, in pixels.
+        bad: key -> reason of samples that cannot be used, filled on all ranks.
+        texts: a sample without text is bad.
+    """
+    own: dict[str, str] = {}
+    found = []
+    for one in read_samples(reader, data, own, images=False, texts=texts, indices=_own(len(reader))):
+        found.append((one.image, one.sample.key, one.index, one.sample.texts))
+    bad |= gather_bad(own)
+    number: dict[str, int] = {}
+    keys: list[str] = []
+    rows: list[int] = []
+    captions: list[str] = []
+    image_of_text: list[int] = []
+    for image, key, row, given in gather(found):
+        if image not in number:
+            number[image] = len(keys)
+            keys.append(key)
+            rows.append(row)
+        captions += given
+        image_of_text += [number[image]] * len(given)
+    transform = EvalTransform(data.transform.model_copy(update={"image_size": image_size}))
+    return Gallery(
+        Pixels(reader, np.array(rows, dtype=np.int64), data, transform),
+        [tokenizer.encode(caption, data.max_length)[0] for caption in captions],
+        torch.tensor(image_of_text, dtype=torch.int64),
+        keys,
+        captions,
+        tokenizer.vocabulary.pad,
+        data.max_length,
+        data.workers,
+    )
+
+
+def embed_images(model: Model, gallery: Gallery, batch: int) -> Iterator[tuple[list[int], Tensor, dict[int, str]]]:
+    """Embed this rank's images, batch by batch.
+
+    Yields:
+        The images [n] of the batch that can be used, their unit-norm vectors [n, E] (float32, on the model's device),
+        and image -> reason of the others.
+    """
+    own = _own(gallery.num_images)
+    blocks = [own[first : first + batch] for first in range(0, len(own), batch)]
+    for block, found in zip(blocks, gallery.images(blocks), strict=True):
+        bad = {n: one.reason for n, one in zip(block, found, strict=True) if isinstance(one, BadSample)}
+        good = [one for one in found if isinstance(one, Tensor)]
+        vectors = torch.zeros(0, model.config.embed.width, device=model.device)
+        if good:
+            vectors = _embed(model, Embed("image"), Batch(images={"clean": Images(torch.stack(good))}))
+        yield [n for n in block if n not in bad], vectors, bad
+
+
+def embed_texts(model: Model, gallery: Gallery, batch: int) -> Tensor:
+    """Embed this rank's texts -> [n, E] unit-norm, float32; texts of like length go together, to pad little."""
+    own = _own(gallery.num_texts)
+    order = sorted(own, key=lambda s: len(gallery.ids[s]))
+    vectors = torch.zeros(len(own), model.config.embed.width, device=model.device)
+    for first in range(0, len(own), batch):
+        part = order[first : first + batch]
+        rows = torch.tensor(part, device=model.device) - own.start
+        vectors[rows] = _embed(model, Embed("text"), Batch(texts={"clean": gallery.texts(part)}))
+    return vectors
+
+
+def _embed(model: Model, name: Embed, batch: Batch) -> Tensor:
+    with evaluating(model):
+        return model.run([name], batch.to(model.device))[name].float()
+
+
+def embed_gallery(model: Model, gallery: Gallery, batch: int) -> tuple[Tensor, Tensor, dict[int, str]]:
+    """Embed everything once, over all ranks.
+
+    Returns:
+        Images [N, E] and texts [S, E], unit-norm float32 on the model's device; and image -> reason of those that
+        cannot be used, whose vectors are zero.
+    """
+    own = _own(gallery.num_images)
+    images = torch.zeros(len(own), model.config.embed.width, device=model.device)
+    bad: dict[int, str] = {}
+    for block, vectors, broken in embed_images(model, gallery, batch):
+        images[torch.tensor(block, dtype=torch.int64, device=model.device) - own.start] = vectors
+        bad |= broken
+    texts = embed_texts(model, gallery, batch)
+    gathered = [gather_no_grad(x, _shares(n)) for x, n in ((images, gallery.num_images), (texts, gallery.num_texts))]
+    return gathered[0], gathered[1], dict(gather(list(bad.items())))
+
+
+def _own(count: int) -> range:
+    """This rank's part of ``count`` things."""
+    return rank_slice(0, count, rank(), world_size())
+
+
+def _shares(count: int) -> list[int]:
+    return [len(rank_slice(0, count, each, world_size())) for each in range(world_size())]
+
+
+def match_pairs(
+    model: Model, gallery: Gallery, pairs: Tensor, head: Itm, limit: int = 512, most_images: int = 64
+) -> Tensor:
+    """Match pairs of image and text, each once, over all ranks.
+
+    The pairs come sorted by image. A block of images is encoded once, its keys and values are projected once, and its
+    texts are encoded once; then all is forgotten, so that memory does not grow with the gallery. (An image in more than
+    `limit` pairs makes several blocks.) Encoding an image a second time costs little beside its fusion rows.
+
+    Args:
+        model: with a fusion.
+        gallery: what the pairs are of.
+        pairs: [P] int64, ``image * S + text``, ascending, none twice; on the CPU.
+        head: gives the matching logit.
+        limit: most pairs of one block.
+        most_images: most images of one block.
+
+    Returns:
+        Matching logits [P], float32, on the CPU.
+    """
+    counts = (pairs // gallery.num_texts).unique_consecutive(return_counts=True)[1]
+    blocks = list(image_blocks(counts.tolist(), limit, most_images))
+    shares = [[blocks[i] for i in rank_slice(0, len(blocks), each, world_size())] for each in range(world_size())]
+    own = [_block_rows(pairs[block], gallery.num_texts) for block in shares[rank()]]
+    scores = [torch.zeros(0, device=model.device)]
+    for (_, texts, rows), pixels in zip(own, gallery.images([images for images, _, _ in own]), strict=True):
+        if broken := [one for one in pixels if isinstance(one, BadSample)]:
+            raise broken[0]  # it could be read when it was embedded
+        batch = Batch({"clean": Images(torch.stack(pixels))}, {"clean": gallery.texts(texts)}).to(model.device)  # type: ignore[arg-type]
+        moved = Rows(rows.image_index.to(model.device), rows.text_index.to(model.device))
+        with evaluating(model):
+            fused = model.run([_PAIRS], batch, rows={"pairs": moved})[_PAIRS]
+            scores.append(head.score(fused.pooled).float())
+    return gather_no_grad(torch.cat(scores), [sum(b.stop - b.start for b in share) for share in shares]).cpu()
+
+
+def _block_rows(pairs: Tensor, num_texts: int) -> tuple[list[int], list[int], Rows]:
+    """The images and texts of a block of pairs, and each pair by its place among them."""
+    images, image_index = (pairs // num_texts).unique(return_inverse=True)
+    texts, text_index = (pairs % num_texts).unique(return_inverse=True)
+    return images.tolist(), texts.tolist(), Rows(image_index, text_index)
+
+
+def image_blocks(counts: Sequence[int], limit: int, images: int) -> Iterator[slice]:
+    """Cut rows that are grouped by image into blocks of whole images.
+
+    Args:
+        counts: rows of each image.
+        limit: most rows of a block; an image with more is cut.
+        images: most images of a block.
+    """
+    start = end = held = 0
+    for count in counts:
+        if held and (end - start + count > limit or held == images):
+            yield slice(start, end)
+            start, held = end, 0
+        end, held = end + count, held + 1
+        while end - start > limit:
+            yield slice(start, start + limit)
+            start += limit
+    if end > start:
+        yield slice(start, end)
+
+
+def true_ranks(queries: Tensor, keys: Tensor, query_image: Tensor, key_image: Tensor, chunk: int = 1024) -> Tensor:
+    """Return the rank (1 = best) of each query's best true key among all keys, in chunks.
+
+    Equal scores are ordered by the smaller key index, as ``topk_chunked`` does.
+
+    Args:
+        queries: [Q, E].
+        keys: [C, E].
+        query_image: [Q] int64; a key is true if it is of the same image.
+        key_image: [C] int64.
+        chunk: rows of either side held at once.
+
+    Returns:
+        [Q] int64; one more than the number of keys where none is true.
+    """
+    found = []
+    for first in range(0, queries.shape[0], chunk):
+        rows, image = queries[first : first + chunk], query_image[first : first + chunk]
+        best = rows.new_full((rows.shape[0],), -torch.inf, dtype=torch.float32)
+        place = torch.full_like(image, keys.shape[0])
+        for start, score, true in _chunks(rows, keys, image, key_image, chunk):
+            top, at = score.masked_fill(~true, -torch.inf).max(1)  # the first of equal values
+            place = torch.where(top > best, at + start, place)
+            best = torch.maximum(best, top)
+        better = torch.ones_like(image)
+        for start, score, _ in _chunks(rows, keys, image, key_image, chunk):
+            at = torch.arange(start, start + score.shape[1], device=score.device)
+            better += ((score > best[:, None]) | ((score == best[:, None]) & (at < place[:, None]))).sum(1)
+        found.append(better)
+    return torch.cat(found) if found else query_image.new_zeros(0)
+
+
+def _chunks(
+    rows: Tensor, keys: Tensor, image: Tensor, key_image: Tensor, chunk: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Similarities of ``rows`` with each chunk of keys, and which pairs are true."""
+    for start in range(0, keys.shape[0], chunk):
+        part = slice(start, start + chunk)
+        yield start, rows.float() @ keys[part].float().T, image[:, None] == key_image[None, part]
