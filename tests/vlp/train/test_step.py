@@ -146,3 +146,13 @@ def test_largest_norms_start_where_backward_met_the_first_bad_gradient():
 def test_layers_are_named_by_their_number():
     names = ["fusion.blocks.1.feed.up.weight", "logit_scale", "text_embed.bias", "objectives.itm.head.weight"]
     assert [layer_of(name) for name in names] == ["fusion.blocks.1", "logit_scale", "text_embed", "objectives.itm.head"]
+
+
+@pytest.mark.parametrize("sizes", [(4,), (2, 2)])
+def test_nothing_before_the_check_waits_for_the_device(sizes):
+    """On the meta device every read of a value on the host raises."""
+    model = tiny_model("dual_stream", ("itc", "itm", "mlm", "lm"))
+    step = TrainStep(model.to("meta"), OptimConfig(), seed=0, total=80)
+    batches = [batch.to("meta") for batch in split_batch(tiny_batch(4), sizes)]
+    scalars = step._backward(batches, 0, None)
+    assert scalars["loss"].is_meta and all(p.grad is not None for p in model.parameters())
