@@ -58,14 +58,14 @@ class MaskedView:
         length = len(ids)
         # A fixed number of draws per position, so that masks depend on nothing else.
         choose, how = generator.random(length), generator.random(length)
-        words = generator.integers(0, vocabulary.size, length)
+        words = generator.integers(0, vocabulary.size - len(vocabulary.special), length)
+        for skipped in sorted(vocabulary.special):  # the n-th id that is not special
+            words += words >= skipped
         special = np.isin(ids, list(vocabulary.special))
         if self.whole_word:
             first = np.maximum.accumulate(np.where(word_starts, np.arange(length), 0))
             choose = choose[first]
         chosen = (choose < self.probability) & ~special
-        allowed = np.setdiff1d(np.arange(min(vocabulary.size, 4096)), list(vocabulary.special))
-        words = np.where(np.isin(words, list(vocabulary.special)), allowed[words % len(allowed)], words)
         masked = np.where(how < 0.8, vocabulary.mask, np.where(how < 0.9, words, ids))
         return ViewText(np.where(chosen, masked, ids), np.where(chosen, ids, -100))
 
