@@ -58,6 +58,8 @@ class HfTextEncoder(nn.Module):
                 raise ValueError(f"model.text.model: no transformers config at {config.model!r}: {reason}") from error
         self.config = config.model_copy(update={"architecture": theirs.to_diff_dict() | {"model_type": theirs.model_type}})
         self.model: Any = AutoModel.from_config(theirs, dtype=torch.float32)
+        if getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None  # nobody reads it, and it would have no gradient
         self.width: int = theirs.hidden_size
 
     @property
@@ -71,7 +73,7 @@ class HfTextEncoder(nn.Module):
 
         if self.config.pretrained:
             weights = AutoModel.from_pretrained(self.config.model, dtype=torch.float32).state_dict()
-            self.model.load_state_dict(weights)
+            self.model.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")})
 
     def forward(self, texts: Texts, layers: bool = False) -> Tokens:
         """Texts -> Tokens, states [T, L, D].

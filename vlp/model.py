@@ -28,7 +28,7 @@ from vlp.config import Config
 from vlp.decoder import Decoder, DecoderConfig
 from vlp.fusion import Fusion, FusionConfig, NoFusionConfig
 from vlp.fusion.dual import DualStreamConfig
-from vlp.passes import Step, views
+from vlp.passes import Step, close, views
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,11 @@ class Model(nn.Module):
     def _check(self, config: ModelConfig) -> None:
         """Refuse combinations that cannot work, all at once."""
         problems = []
-        needs = self.needs()
+        needs = close(self.needs())  # a decoder may be the only reader of a fusion
+        read = views(needs)
+        for modality in ("image", "text"):
+            if self.objectives and not read[modality]:  # type: ignore[index]
+                problems.append(f"no objective of {sorted(self.objectives)} reads {modality}s; add itc, or itm with a fusion")
         if self.fusion is not None and self.objectives:
             tower = [m for m in ("image", "text") if self.is_tower(m) and any(  # type: ignore[arg-type]
                 isinstance(p, Encode | Embed) and p.modality == m for p in needs)]
