@@ -105,10 +105,16 @@ class Itm(Objective):
             return even_text, even_image
         assert results.logit_scale is not None
         logits = results.logit_scale.exp() * results[Embed("image")] @ results[Embed("text")].T
-        logits = logits.float()
-        hard_text = (logits.softmax(1) + self.config.floor) * even_text
-        hard_image = (logits.T.softmax(1) + self.config.floor) * even_image
+        hard_text = self._hard(logits.float(), by_image)
+        hard_image = self._hard(logits.float().T, by_text)
         return _blend(even_text, hard_text, mix), _blend(even_image, hard_image, mix)
+
+    def _hard(self, logits: Tensor, true: Tensor) -> Tensor:
+        """Softmax weights [R, C] of the false pairs; a row without one weighs nothing."""
+        if self.config.floor > 0:
+            return (logits.softmax(1) + self.config.floor) * ~true
+        # Over the false pairs alone: beside a confident true pair theirs would underflow to 0.
+        return logits.masked_fill(true, -torch.inf).softmax(1).nan_to_num(0.0)
 
     def _hardness(self, seen: int) -> float:
         first, last = self.config.random_until, self.config.hard_from

@@ -69,7 +69,10 @@ def captions(reader: Reader, data: DataConfig) -> Iterator[str]:
     """Yield the data's texts without decoding an image; samples that cannot be read are left to the loader to count."""
     for index in range(len(reader)):
         try:
-            yield from decode_texts(reader[index], text=data.text)
+            raw = reader[index]
+            yield from decode_texts(raw, text=data.text)
+            if data.alternates is not None:
+                yield from decode_texts(raw, text=data.alternates)
         except BadSample:
             continue
 

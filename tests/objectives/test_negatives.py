@@ -30,7 +30,7 @@ def random_batch(seed: int) -> tuple[Batch, Results]:
         caption_id=torch.from_numpy(generator.integers(0, 6, len(own))),
         seen=int(generator.integers(0, 300)),
     )
-    results = Results(torch.tensor([float(generator.uniform(0, 3.9))]))
+    results = Results(torch.tensor([float(generator.uniform(0, 4.6))]))
     for name, rows in (("image", n), ("text", len(own))):
         vectors = torch.from_numpy(generator.integers(-2, 3, (rows, 4)).astype(np.float32)) + 0.01
         results[Embed(name)] = F.normalize(vectors, dim=-1)

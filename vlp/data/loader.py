@@ -57,6 +57,10 @@ class DataConfig(Config):
     """Column (tables), member or json field (shards) of the texts; none = guessed."""
     root: str | None = None
     """Folder that the image paths of tables are relative to; none = the table's own."""
+    alternates: str | None = None
+    """Field with other texts of the image (tags), from which training draws now and then."""
+    alternate_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the training samples whose text is drawn from `alternates`, where they have any."""
     hash: str | None = None
     """Fingerprint that the training data must have; written when a run starts, so that resuming on others shows."""
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
@@ -179,6 +183,8 @@ class _Fetch(Dataset[_Fetched]):
             images = tuple(self.transform(image, generator, said) for image in sample.images)
         else:
             images = tuple(self.transform(image) for image in sample.images)
+        if self.config.alternates is not None and self.substitute:
+            sample = self._alternate(sample, self.config.alternates, position)
         example = self.prepare(replace(sample, images=images), self.draw.sample("example", position))
         try:
             for text in (example.text, *example.other_texts.values()):
@@ -188,6 +194,15 @@ class _Fetch(Dataset[_Fetched]):
         if example.image_id is None:
             example = replace(example, image_id=image_identity(raw, sample))
         return example
+
+
+    def _alternate(self, sample: Sample, field: str, position: int) -> Sample:
+        """The sample with one of its other texts in place of its own, for a share of the positions."""
+        found = [text for text in _strings(sample.fields.get(field, ())) if text.strip()]
+        generator = self.draw.sample("alternate", position)
+        if not found or generator.random() >= self.config.alternate_share:
+            return sample
+        return replace(sample, texts=(found[int(generator.integers(len(found)))],))
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -124,7 +124,7 @@ def train(parts: Parts, folder: Path, device: torch.device, *, prepare: Prepare 
                 report = step(batches)
                 seen = report.seen
                 meter.add(report)
-                last = seen >= config.samples
+                last = config.samples - seen < world_size()  # a step needs a sample per rank
                 if meter.steps == config.log_every or last:
                     record = meter.record()
                     log.write(record)
@@ -143,7 +143,7 @@ def train(parts: Parts, folder: Path, device: torch.device, *, prepare: Prepare 
     finally:
         log.close()
     loader.report_bad()
-    return Outcome(state.latest, seen, seen >= config.samples)
+    return Outcome(state.latest, seen, config.samples - seen < world_size())
 
 
 def wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
