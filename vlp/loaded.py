@@ -85,8 +85,10 @@ class Loaded:
         choose = next((one for one in self.model.objectives.values() if isinstance(one, Answer)), None)
         write = self._writer("fused")
         if choose is None and write is None:
-            raise ValueError(f"this checkpoint cannot answer questions ({self._objectives}); finetune it on questions: "
-                             "objective answer, or objective lm with memory fused")
+            raise ValueError(
+                f"this checkpoint cannot answer questions ({self._objectives}); finetune it on questions: "
+                "objective answer, or objective lm with memory fused"
+            )
         found: list[str] = []
         for part in _pairs(images, questions, "questions", batch_size):
             with torch.inference_mode():
@@ -102,16 +104,19 @@ class Loaded:
         """Write a caption of each image; ``generation`` are fields of `GenerationConfig` (``method="beam"``)."""
         write = self._writer("image")
         if write is None:
-            raise ValueError(f"this checkpoint cannot write captions ({self._objectives}); train it with "
-                             "model.decoder.kind causal and objective lm")
+            raise ValueError(
+                f"this checkpoint cannot write captions ({self._objectives}); train it with "
+                "model.decoder.kind causal and objective lm"
+            )
         found: list[str] = []
         for part in _parts(images, "images", batch_size):
             with torch.inference_mode():
                 found += self._write(write, self._run([Encode("image")], part, None)[Encode("image")], generation)
         return found
 
-    def classify(self, images: Sequence[AnyImage], names: Sequence[str], template: str = "a photo of {}", *,
-                 batch_size: int = 32) -> Tensor:
+    def classify(
+        self, images: Sequence[AnyImage], names: Sequence[str], template: str = "a photo of {}", *, batch_size: int = 32
+    ) -> Tensor:
         """Images -> probabilities [n, C] of classes known by name only, by similarity of the embeddings.
 
         Args:
@@ -135,8 +140,10 @@ class Loaded:
 
     def _need_fusion(self, what: str) -> None:
         if self.model.fusion is None:
-            raise ValueError(f"this checkpoint has no fusion (model.fusion.kind none) and cannot {what}; pretrain with "
-                             "model.fusion.kind dual_stream and objective itm, or use embed_images and embed_texts")
+            raise ValueError(
+                f"this checkpoint has no fusion (model.fusion.kind none) and cannot {what}; pretrain with "
+                "model.fusion.kind dual_stream and objective itm, or use embed_images and embed_texts"
+            )
 
     def _writer(self, memory: str) -> str | None:
         """Name of the objective that writes from this memory."""
@@ -155,8 +162,10 @@ class Loaded:
 
     def _embed(self, wanted: Embed, parts: Iterator[tuple[Sequence[AnyImage] | None, Sequence[str] | None]]) -> Tensor:
         if self.model.image_embed is None:
-            raise ValueError(f"this checkpoint has no common space of images and texts ({self._objectives}); "
-                             "pretrain with objective itc")
+            raise ValueError(
+                f"this checkpoint has no common space of images and texts ({self._objectives}); "
+                "pretrain with objective itc"
+            )
         found = []
         for part in parts:
             with torch.inference_mode():
@@ -167,8 +176,10 @@ class Loaded:
 
     def _run(self, passes: Sequence[Pass], images: Sequence[AnyImage] | None, texts: Sequence[str] | None) -> Any:
         """The results of passes over images and texts, by name."""
-        batch = Batch(images={} if images is None else {"clean": self._pixels(images)},
-                      texts={} if texts is None else {"clean": self._ids(texts)})
+        batch = Batch(
+            images={} if images is None else {"clean": self._pixels(images)},
+            texts={} if texts is None else {"clean": self._ids(texts)},
+        )
         return self.model.run(passes, batch.to(self.device))
 
     @cached_property
@@ -183,8 +194,12 @@ class Loaded:
         if wrong := [text for text in texts if not isinstance(text, str)]:
             raise ValueError(f"texts should be strings, not {type(wrong[0]).__name__}: {wrong[0]!r:.60}")
         length = self.config.data.max_length
-        return pad_texts([ViewText(self.tokenizer.encode(text, length)[0]) for text in texts], "full",
-                         self.tokenizer.vocabulary.pad, length)
+        return pad_texts(
+            [ViewText(self.tokenizer.encode(text, length)[0]) for text in texts],
+            "full",
+            self.tokenizer.vocabulary.pad,
+            length,
+        )
 
 
 def read_image(image: AnyImage) -> Tensor:
@@ -220,8 +235,9 @@ def _parts(items: Sequence[Any], name: str, batch_size: int) -> Iterator[list[An
     return (items[first : first + batch_size] for first in range(0, len(items), batch_size))
 
 
-def _pairs(images: Sequence[AnyImage], texts: Sequence[str], name: str, batch_size: int
-           ) -> Iterator[tuple[list[AnyImage], list[str]]]:
+def _pairs(
+    images: Sequence[AnyImage], texts: Sequence[str], name: str, batch_size: int
+) -> Iterator[tuple[list[AnyImage], list[str]]]:
     images, texts = _listed(images, "images"), _listed(texts, name)
     if len(images) != len(texts):
         raise ValueError(f"{len(images)} images but {len(texts)} {name}; give one of each for every pair")

@@ -88,8 +88,15 @@ weights that training began from allow.
 """
 
 
-def model_card(run: RunConfig, metrics: Mapping[str, Any], command: str, model: Model, *,
-               data: Mapping[str, Any] | None = None, licence: str | None = None) -> str:
+def model_card(
+    run: RunConfig,
+    metrics: Mapping[str, Any],
+    command: str,
+    model: Model,
+    *,
+    data: Mapping[str, Any] | None = None,
+    licence: str | None = None,
+) -> str:
     """Return the Markdown text of a checkpoint's README.
 
     Args:

@@ -1,6 +1,7 @@
 """A folder of files that is there whole or not at all, and finding the newest whole one.
 
-`manifest.json` holds size and SHA-256 of each file. Only the model card is left out, so that it may be edited.
+`manifest.json` holds size and SHA-256 of each file. Only the model card is left out, so that it may be edited; files
+marked as optional, such as the training state, may be removed before a checkpoint is passed on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,11 +24,15 @@ CHEAP = 64 * 2**20
 
 
 @contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path, optional: Collection[str] = ()) -> Iterator[Path]:
     """Give an empty folder to write to; at the end it takes the place of ``folder`` in one step.
 
     Whatever happens in between, ``folder`` is what it was before, or the new one. (A kill between the two renames of a
     replacement leaves the old one as ``.NAME.replaced``, where `find_checkpoint` looks for it.)
+
+    Args:
+        folder: to write.
+        optional: names of files without which it is still whole.
     """
     folder = folder.absolute()
     partial, replaced = folder.with_name(f".{folder.name}.partial"), _replaced(folder)
@@ -36,7 +41,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _write_manifest(partial)
+        _write_manifest(partial, optional)
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
         if folder.exists():
@@ -64,12 +69,14 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _write_manifest(folder: Path) -> None:
+def _write_manifest(folder: Path, optional: Collection[str]) -> None:
     files = {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != CARD
     }
+    for name in optional:
+        files[name]["optional"] = True
     (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
 
 
@@ -79,12 +86,12 @@ def _sha256(path: Path) -> str:
 
 
 def manifest_files(folder: Path) -> list[str]:
-    """Return the names of the files that the manifest lists.
+    """Return the names of the files that a whole checkpoint must have.
 
     Raises:
         ValueError: there is no readable manifest.
     """
-    return list(_read_manifest(folder))
+    return [name for name, entry in _read_manifest(folder).items() if not entry.get("optional")]
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, str | int]]:
@@ -107,6 +114,8 @@ def fault_of(folder: Path, verify: bool = False) -> str | None:
         for name, entry in _read_manifest(folder).items():
             path = folder / name
             if not path.is_file():
+                if entry.get("optional"):
+                    continue
                 return f"{name} is missing"
             size = path.stat().st_size
             if size != entry["size"]:

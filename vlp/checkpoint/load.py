@@ -41,9 +41,15 @@ class LoadedConfig(Config):
     """How images and texts are prepared."""
 
 
-def load(source: str | Path, *, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None,
-         config: Mapping[str, Any] | None = None, allow_missing: Iterable[str] = (), ignore: Iterable[str] = ()
-         ) -> Loaded:
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    config: Mapping[str, Any] | None = None,
+    allow_missing: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+) -> Loaded:
     """Load a model that is ready to embed, match, answer, caption and classify.
 
     Args:
@@ -111,11 +117,12 @@ def _fetch(address: str, target: Path) -> Path:
         system, path = url_to_fs(address)
         numbers = _numbers(system, f"{path}/checkpoints")
         found = f"{path}/checkpoints/{max(numbers, key=int)}" if numbers else path
-        if not system.exists(f"{found}/{MANIFEST}"):
-            raise ValueError(f"cannot load {address}: there is no {MANIFEST}; {LOADABLE}")
-        system.get(found, str(target / "copy"), recursive=True)
-    except (OSError, ImportError) as error:
+        if whole := system.exists(f"{found}/{MANIFEST}"):
+            system.get(found, str(target / "copy"), recursive=True)
+    except (OSError, ImportError, ValueError) as error:
         raise ValueError(f"cannot load {address}: {_line(error)}; check the address and the extra of fsspec") from error
+    if not whole:
+        raise ValueError(f"cannot load {address}: there is no {MANIFEST}; {LOADABLE}")
     return target / "copy"
 
 

@@ -76,8 +76,14 @@ class LoadReport:
         return "\n".join([first, *rest, *self.notes])
 
 
-def save_checkpoint(folder: str | Path, model: nn.Module, tree: Config | Mapping[str, Any], tokenizer: Saves, card: str,
-                    extra: Mapping[str, bytes | Mapping[str, Tensor]] | None = None) -> None:
+def save_checkpoint(
+    folder: str | Path,
+    model: nn.Module,
+    tree: Config | Mapping[str, Any],
+    tokenizer: Saves,
+    card: str,
+    extra: Mapping[str, bytes | Mapping[str, Tensor]] | None = None,
+) -> None:
     """Write a checkpoint folder, whole or not at all; an existing one is replaced.
 
     Args:
@@ -86,9 +92,10 @@ def save_checkpoint(folder: str | Path, model: nn.Module, tree: Config | Mapping
         tree: the resolved config of the run.
         tokenizer: saves itself.
         card: the model card.
-        extra: further files by name, as bytes or as named tensors (``*.safetensors``).
+        extra: further files by name, as bytes or as named tensors (``*.safetensors``); a checkpoint loads
+            without them.
     """
-    with replace_folder(Path(folder)) as partial:
+    with replace_folder(Path(folder), optional=extra or ()) as partial:
         tokenizer.save(partial)
         write_tensors(partial / WEIGHTS, weights_of(model))
         text = to_yaml(tree) if isinstance(tree, Config) else dump_yaml({"format": FORMAT, **tree})
@@ -153,8 +160,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return read_tree(Path(folder) / CONFIG)
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True,
-                 allow_missing: Iterable[str] = (), ignore: Iterable[str] = ()) -> LoadReport:
+def load_weights(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    strict: bool = True,
+    allow_missing: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+) -> LoadReport:
     """Copy stored weights into a model, in its dtype and on its device; shared weights stay shared.
 
     The vision encoder's position embedding is interpolated where the image size differs.
@@ -181,8 +194,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], *, strict: bool 
             missing.append(first)
             continue
         tensor, wanted = given[stored[0]], targets[first]
-        problems += [f"{stored[0]} and {other} differ, but the model shares them" for other in stored[1:]
-                     if not torch.equal(given[other], tensor)]
+        problems += [
+            f"{stored[0]} and {other} differ, but the model shares them"
+            for other in stored[1:]
+            if not torch.equal(given[other], tensor)
+        ]
         if tensor.shape != wanted.shape and (fitted := _resize(model, first, tensor, wanted)) is not None:
             tensor = fitted
             resized.append(first)

@@ -18,6 +18,7 @@ from timm.layers import resample_abs_pos_embed
 from encoders import PatchConfig
 from objectives import ItcConfig, ItmConfig, LmConfig
 from vlp.checkpoint import folder as folder_module
+from vlp.checkpoint.folder import manifest_files
 from vlp.checkpoint.native import (
     LoadReport,
     aliases,
@@ -95,8 +96,10 @@ def test_extra_files_are_part_of_the_checkpoint(tmp_path: Path) -> None:
     assert (path / "state.bin").read_bytes() == b"abc"
     assert torch.equal(load_file(path / "ema.safetensors")["x"], torch.arange(3))
     (path / "state.bin").write_bytes(b"abd")
-    with pytest.raises(ValueError, match="torn: state.bin is not what was written"):
+    with pytest.raises(ValueError, match=r"torn: state\.bin is not what was written"):
         read_weights(path)
+    (path / "state.bin").unlink()  # as one does before a model is published
+    assert read_weights(path) and "state.bin" not in manifest_files(path)
 
 
 def truncate(path: Path) -> str:
@@ -234,7 +237,8 @@ def test_what_does_not_fit_is_named_in_one_line() -> None:
         load_weights(large, weights_of(small))
     assert str(error.value) == (
         "the weights do not fit the model: missing objectives.answer.head.0.weight, objectives.answer.head.0.bias, "
-        "objectives.answer.head.1.weight and 3 more (allow_missing='objectives.answer.head.*' keeps their initial values)"
+        "objectives.answer.head.1.weight and 3 more (allow_missing='objectives.answer.head.*' "
+        "keeps their initial values)"
     )
     assert all(torch.equal(tensor, initial[name]) for name, tensor in large.state_dict().items())
     report = load_weights(large, weights_of(small), allow_missing=["objectives.answer.*"])
