@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from downstream.task import evaluating, gather, gather_bad, read_samples
+from downstream.task import evaluating, gather, gather_bad, image_key, read_samples
 from encoders.types import Batch, Images, Texts
 from objectives.base import Embed, Fuse, Rows, ViewText
 from objectives.collectives import gather_no_grad, rank, world_size
@@ -67,7 +67,7 @@ class Gallery:
     image_of_text: Tensor
     """[S] int64, on the CPU."""
     image_keys: Sequence[str]
-    """Name of each image."""
+    """Name of each image: its field image_id, its path, or the sample's key."""
     captions: Sequence[str]
     """Each text in words."""
     pad: int = 0
@@ -107,14 +107,21 @@ class Gallery:
         kept = [n for n in range(self.num_images) if n not in images]
         number = torch.full((self.num_images,), -1)
         number[kept] = torch.arange(len(kept))
-        texts = self.texts_of(kept)
+        fewer = self.some_texts(self.texts_of(kept))
+        return replace(
+            fewer,
+            pixels=Subset(self.pixels, kept),
+            image_of_text=number[fewer.image_of_text],
+            image_keys=[self.image_keys[n] for n in kept],
+        )
+
+    def some_texts(self, index: Sequence[int]) -> Gallery:
+        """Return the gallery with all images and only these texts."""
         return replace(
             self,
-            pixels=Subset(self.pixels, kept),
-            ids=[self.ids[s] for s in texts],
-            image_of_text=number[self.image_of_text[texts]],
-            image_keys=[self.image_keys[n] for n in kept],
-            captions=[self.captions[s] for s in texts],
+            ids=[self.ids[s] for s in index],
+            image_of_text=self.image_of_text[list(index)],
+            captions=[self.captions[s] for s in index],
         )
 
     def texts_of(self, images: Collection[int]) -> list[int]:
@@ -141,7 +148,7 @@ def open_gallery(
     own: dict[str, str] = {}
     found = []
     for one in read_samples(reader, data, own, images=False, texts=texts, indices=_own(len(reader))):
-        found.append((one.image, one.sample.key, one.index, one.sample.texts))
+        found.append((one.image, image_key(one.sample, data), one.index, one.sample.texts))
     bad |= gather_bad(own)
     number: dict[str, int] = {}
     keys: list[str] = []
