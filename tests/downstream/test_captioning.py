@@ -1,0 +1,110 @@
+import json
+
+import pytest
+import torch
+import toys
+
+import vlp
+from downstream.captioning import CaptioningConfig, CaptionSurvey
+from downstream.evaluate import parts_of, result_table
+from downstream.finetune import finetune, finetune_config, finetune_table
+from downstream.metrics.captioning import caption_metrics
+from vlp.data.loader import DataConfig
+from vlp.data.reader import open_reader
+
+CPU = torch.device("cpu")
+TRAIN = toys.TRAIN | {"samples": 2400, "global_batch": 16}
+
+
+def settings(table, **task):
+    data = {"train": str(table), "val": str(table), "workers": 0}
+    return {"task": {"kind": "captioning", **task}, "data": data, "train": TRAIN}
+
+
+@pytest.mark.parametrize("decoder", ["pretrained", "new"])
+def test_finetuning_writes_eight_captions_by_heart(tmp_path, decoder):
+    names = ("itc", "itm", "lm") if decoder == "pretrained" else ("itc", "itm")
+    loaded = vlp.load(toys.checkpoint(tmp_path, names))
+    table = toys.caption_table(tmp_path)
+    run = finetune_config(loaded, "toy", settings(table))
+    done = finetune(run, loaded, tmp_path / "run", CPU)
+    if decoder == "pretrained":
+        assert done.lacked is None and done.before.metrics["CIDEr-D"] < 1
+        assert not done.transfer.missing
+    else:
+        assert done.before is None and "decoder over images" in done.lacked
+        assert {name.split(".")[0] for name in done.transfer.missing} == {"objectives"}
+    assert done.after.metrics["exact match"] == 1.0 and done.after.metrics["BLEU-4"] == pytest.approx(1.0)
+    floor = done.after.floors["most frequent caption"]
+    assert floor["exact match"] == 1 / 8 and floor["CIDEr-D"] < done.after.metrics["CIDEr-D"]
+
+    rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["caption"] for row in rows] == [row["references"][0] for row in rows] and len(rows) == 8
+    written = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert written["task"] == "captioning" and written["counts"] == {"samples": 8, "bad": 0}
+    headers = [column.header for column in finetune_table(run, done).columns]
+    assert headers == ["metric", *(["before", "after"] if done.before else ["model"]), "most frequent caption"]
+
+    finetuned = vlp.load(tmp_path / "run")
+    assert finetuned.caption([tmp_path / "blue_striped.png"]) == ["a striped blue square"]
+    assert finetuned.model.fusion is None and len(finetuned.model.text.blocks) == 0, "nothing would have trained them"
+    reader = open_reader(str(table))
+    for method in ("greedy", "nucleus"):
+        task = CaptioningConfig(generation={"method": method, "top_p": 0.5})
+        assert task.evaluate(parts_of(finetuned, finetuned.config.data), reader).metrics["exact match"] == 1.0
+
+
+def test_weights_of_the_checkpoint_are_where_finetuning_begins(tmp_path):
+    loaded = vlp.load(toys.checkpoint(tmp_path, ("itc", "itm", "lm")))
+    frozen = settings(toys.caption_table(tmp_path))
+    frozen["train"] = {"samples": 8, "global_batch": 8, "optim": {"lr": 1e-9, "weight_decay": 0.0}}
+    done = finetune(finetune_config(loaded, "toy", frozen), loaded, tmp_path / "run", CPU)
+    before, after = loaded.model.state_dict(), vlp.load(tmp_path / "run").model.state_dict()
+    assert {name.split(".")[0] for name in after} == {"vision", "text", "decoder", "objectives"}
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-6)
+    assert done.after.metrics == done.before.metrics
+
+
+def test_another_objective_keeps_the_parts_that_it_trains(tmp_path):
+    loaded = vlp.load(toys.checkpoint(tmp_path))
+    run = finetune_config(loaded, "x", settings("t.csv") | {"objectives": {"itm": {"weight": 0.5}}})
+    adapted = run.task.adapt(run, loaded.config.objectives, CaptionSurvey("a", 1, 1))
+    assert set(adapted.objectives) == {"itm", "lm"} and adapted.objectives["itm"].weight == 0.5
+    assert adapted.model.fusion == loaded.config.model.fusion and adapted.model.text.layers == 2
+
+
+def test_all_references_of_an_image_count_and_each_image_once(tmp_path):
+    for color in ("red", "blue"):
+        toys.picture(tmp_path / f"{color}.png", color)
+    pairs = [("red", "a red square"), ("blue", "a blue square"), ("red", "it is red"), ("blue", "a blue square")]
+    rows = [{"image": f"{color}.png", "caption": caption} for color, caption in pairs]
+    table = toys.write_table(tmp_path / "t.csv", [*rows, {"image": "gone.png", "caption": "a red square"}])
+    loaded = vlp.load(toys.checkpoint(tmp_path, ("itm", "lm")))
+    task, reader = CaptioningConfig(batch=1), open_reader(str(table))
+    data = loaded.config.data
+    survey = task.survey(open_reader(str(table)), data)
+    assert survey == CaptionSurvey("a blue square", 2, 4)
+    result = task.evaluate(parts_of(loaded, data), reader, survey)
+    assert [len(row["references"]) for row in result.predictions] == [2, 2] and list(result.bad) == ["4"]
+    references = {"red": ["a red square", "it is red"], "blue": ["a blue square"] * 2}
+    expected = caption_metrics(dict.fromkeys(references, "a blue square"), references) | {"exact match": 0.5}
+    assert result.floors["most frequent caption"] == pytest.approx(expected)
+    assert result_table(task, result).row_count == len(expected)
+    unlabelled = toys.write_table(tmp_path / "own.csv", [{"image": "red.png"}])
+    found = list(task.predict(parts_of(loaded, data), open_reader(str(unlabelled))))
+    assert found[0]["caption"] == result.predictions[0]["caption"]
+
+
+def test_mistakes_are_one_line(tmp_path):
+    loaded = vlp.load(toys.checkpoint(tmp_path))
+    task = CaptioningConfig()
+    toys.picture(tmp_path / "red.png", "red")
+    reader = open_reader(str(toys.write_table(tmp_path / "t.csv", [{"image": "red.png", "label": "x"}])))
+    with pytest.raises(ValueError, match=r"data\.train: none of its 1 samples can be used; the first, '0': no text"):
+        task.survey(reader, DataConfig())
+    captioned = open_reader(str(toys.caption_table(tmp_path)))
+    with pytest.raises(
+        ValueError, match=r"lacks a decoder over images .*; finetune it with vlp finetune captioning first"
+    ):
+        task.evaluate(parts_of(loaded, loaded.config.data), captioned)
