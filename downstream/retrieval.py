@@ -148,24 +148,23 @@ class RetrievalConfig(TaskConfig):
     def evaluate(self, parts: Parts, reader: Reader, survey: Any = None) -> Result:
         """Return the recalls of every scoring that the model has; those without a prefix are of the last one.
 
-        The order is ITC, ITM rerank, ITM + w x ITC. ``floors`` is what a random order scores; ``notes`` name the
-        gallery and the hash of its data.
+        The order is ITC, ITM rerank, ITM + w x ITC. Where images have several captions, image-to-text recall is
+        reported under both definitions, i2t_any and i2t_mean, else as i2t. ``floors`` is what a random order scores;
+        ``notes`` name the gallery and the hash of its data.
         """
         found = self.find(parts, reader)
         scorings, notes = self._scorings(parts, reader, found)
-        metrics: dict[str, float] = {}
-        chance: dict[str, float] = {}
-        for name, weight in scorings.items():
-            for metric, value in self._metrics(found, weight).items():
-                table = chance if metric.startswith("chance/") else metrics
-                metric = metric.removeprefix("chance/")
-                table[f"{name}/{metric}"] = value
-                if name == list(scorings)[-1]:
-                    table[metric] = value
+        tables = {name: self._metrics(found, weight) for name, weight in scorings.items()}
+        last = list(tables)[-1]
+        named = tables[last] | {
+            f"{name}/{metric}": value for name, table in tables.items() for metric, value in table.items()
+        }
+        metrics = {metric: value for metric, value in named.items() if "chance/" not in metric}
+        chance = {metric.replace("chance/", ""): value for metric, value in named.items() if "chance/" in metric}
         gallery = found.gallery
         notes = (
             f"gallery: {gallery.num_images} images, {gallery.num_texts} texts; {data_hash(reader)}",
-            f"recalls without a prefix are of {list(scorings)[-1]}",
+            f"recalls without a prefix are of {last}",
             *notes,
             *_definition(gallery),
         )
@@ -287,7 +286,9 @@ class RetrievalConfig(TaskConfig):
         metrics = retrieval_metrics(i2t[0], t2i[0], found.gallery.image_of_text)
         for name, rank in (("i2t", i2t[2]), ("t2i", t2i[2])):
             metrics[f"{name}/median_rank"] = rank.double().quantile(0.5).item()
-        return metrics
+        if _several(found.gallery):
+            return metrics
+        return {name.replace("i2t_any", "i2t"): value for name, value in metrics.items() if "i2t_mean" not in name}
 
 
 def matching_head(model: Model) -> Itm | None:
@@ -306,8 +307,13 @@ def data_hash(reader: Reader) -> str:
     return f"data fingerprint {reader.fingerprint}"
 
 
+def _several(gallery: Gallery) -> bool:
+    """Whether any image has several captions, so that its recall has two definitions."""
+    return gallery.num_texts > gallery.num_images
+
+
 def _definition(gallery: Gallery) -> tuple[str, ...]:
-    if gallery.num_texts == gallery.num_images:
+    if not _several(gallery):
         return ()
     return (
         f"{gallery.num_texts / gallery.num_images:.1f} captions an image: i2t_any counts an image as found if any "
