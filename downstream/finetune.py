@@ -22,7 +22,7 @@ from vlp.checkpoint.native import LoadReport, load_weights
 from vlp.config import Layer, build
 from vlp.loaded import Loaded
 from vlp.model import Model
-from vlp.pretrain import with_hash, write_config
+from vlp.pretrain import with_hash
 from vlp.run import RunConfig, assemble
 from vlp.train.loop import Outcome, train
 
@@ -105,7 +105,6 @@ def finetune(
     parts = with_hash(assemble(run, tokenizer=loaded.tokenizer, pretrained=False))
     transfer = take_weights(parts.model, loaded.model)
     say_transfer(transfer)
-    write_config(folder, parts.run)
     outcome = train(parts, folder, device, prepare=task.prepare(parts.run), command=command)
     after = None
     if outcome.finished:

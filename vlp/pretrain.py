@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from objectives.collectives import rank
+from objectives.collectives import world_size
 from vlp.checkpoint.folder import is_checkpoint
 from vlp.checkpoint.migrate import migrate
 from vlp.checkpoint.native import CONFIG, find_checkpoint, load_weights, read_config, read_weights
-from vlp.config import Config, Layer, build, to_yaml
+from vlp.config import Config, Layer, build
 from vlp.data.loader import check_hash
 from vlp.data.tokenizer import load_tokenizer
 from vlp.flags import from_command_line
@@ -64,7 +64,6 @@ def pretrain(
             )
         logger.info("from %s: %s", source, report.summary())
     parts = with_hash(parts)
-    write_config(folder, parts.run)
     return train(parts, folder, device, command=command)
 
 
@@ -87,7 +86,7 @@ def resume(folder: Path, flags: Sequence[str], device: torch.device, *, command:
     run = resumed_config(checkpoint, flags)
     seen: int = state["seen"]
     say_changes(stored_config(checkpoint), run)
-    if seen >= run.train.samples:
+    if run.train.samples - seen < world_size():
         logger.info("%s has seen its %s samples; extend it with --train.samples", folder, f"{run.train.samples:,}")
         return Outcome(checkpoint, seen, finished=True)
     parts = assemble(run, tokenizer=load_tokenizer(checkpoint), pretrained=False)
@@ -98,7 +97,6 @@ def resume(folder: Path, flags: Sequence[str], device: torch.device, *, command:
             f"--resume {folder}: {error}; begin a new run from its weights with --init {folder}"
         ) from error
     parts = with_hash(parts)
-    write_config(folder, parts.run)
     logger.info("going on with %s at %s of %s samples", folder, f"{seen:,}", f"{run.train.samples:,}")
     return train(parts, folder, device, command=command, seen=seen, restored=state)
 
@@ -147,10 +145,3 @@ def with_hash(parts: Parts) -> Parts:
     data = parts.run.data.model_copy(update={"hash": parts.reader.fingerprint})
     run = parts.run.model_copy(update={"data": data})
     return Parts(run, parts.model, parts.tokenizer, parts.reader)
-
-
-def write_config(folder: Path, run: Config) -> None:
-    """Write the resolved config into a run's folder, where it is found before there is a checkpoint."""
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(to_yaml(run), encoding="utf-8")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -218,6 +219,12 @@ def _same(fetched: Any) -> Any:
     return fetched
 
 
+def _leave_signals(worker: int) -> None:
+    """Ignore what ends a whole process group (ctrl-C, `timeout`, Slurm): the training process saves, and ends us."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Micro(NamedTuple):
     """One micro-batch: this rank's positions, and the number of samples of every rank."""
 
@@ -352,6 +359,7 @@ class Loader:
             sampler=slots,
             collate_fn=_same,
             num_workers=self._config.workers,
+            worker_init_fn=_leave_signals,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # torch would draw from the global one, which a resumed run could not repeat
         )

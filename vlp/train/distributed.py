@@ -17,14 +17,22 @@ def pick_device(wanted: str | None = None) -> torch.device:
         ValueError: the wanted device is not there.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if wanted is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = torch.device("cpu") if found is None else torch.device(found.type, local if found.type == "cuda" else None)
-    else:
-        device = torch.device(wanted)
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        device = torch.device(wanted) if wanted is not None else here or torch.device("cpu")
+    except RuntimeError:
+        raise ValueError(f"device {wanted}: torch knows no such device; use cpu, cuda or cuda:0") from None
+    if device.type == "cpu":
+        return device
+    if here is None or device.type != here.type:
+        raise ValueError(f"device {wanted}: there is none here; use {'cpu' if here is None else f'{here.type} or cpu'}")
+    if device.index is None and device.type == "cuda":
+        device = torch.device("cuda", local)
+    if (device.index or 0) >= torch.accelerator.device_count():
+        raise ValueError(
+            f"device {device}: only {torch.accelerator.device_count()} are here; start fewer processes or use cpu"
+        )
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {wanted}: no CUDA device is available here; use cpu")
         torch.cuda.set_device(device)
     return device
 

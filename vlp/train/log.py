@@ -35,15 +35,23 @@ class RunLog:
 
         path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["seen"] <= seen] if path.exists() else []
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial = path.with_suffix(".partial")  # a kill here must not cost the log
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(path)
         self._file = path.open("a")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=seen + 1 if seen else None)
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=seen + 1)
         console = Console(stderr=True)
         self._tty = console.is_terminal
         self._progress = Progress(
-            TextColumn("{task.completed:,.0f} / {task.total:,.0f} samples"), BarColumn(bar_width=24),
-            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"), console=console, disable=not self._tty,
+            TextColumn("{task.completed:,.0f} / {task.total:,.0f} samples"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            console=console,
+            disable=not self._tty,
         )
         self._task = self._progress.add_task("train", total=total, completed=seen, rate="", losses="")
         self._progress.start()
@@ -57,13 +65,17 @@ class RunLog:
         for name, value in record.items():
             if isinstance(value, float):
                 self._events.add_scalar(name, value, record["seen"])
-        losses = "  ".join(self._shown(name.removesuffix("/loss"), value) for name, value in record.items() if name.endswith("/loss"))
+        losses = "  ".join(
+            self._shown(name.removesuffix("/loss"), value) for name, value in record.items() if name.endswith("/loss")
+        )
         rate = f"{record['samples_per_second']:.0f}/s"
         self._progress.update(self._task, completed=record["seen"], rate=rate, losses=losses)
         if not self._tty:
             total = self._progress.tasks[0].total or 0
             left = (total - record["seen"]) / max(record["samples_per_second"], 1e-9)
-            logger.info("%s / %s samples  %s  ETA %s  %s", f"{record['seen']:,}", f"{total:,.0f}", rate, _clock(left), losses)
+            logger.info(
+                "%s / %s samples  %s  ETA %s  %s", f"{record['seen']:,}", f"{total:,.0f}", rate, _clock(left), losses
+            )
 
     def _shown(self, name: str, value: float) -> str:
         chance = self.chances.get(name)

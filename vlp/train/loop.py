@@ -23,7 +23,7 @@ from vlp.data.loader import Loader, Prepare, pair_example
 from vlp.train.health import Watch, chance_levels
 from vlp.train.log import RunLog
 from vlp.train.optim import OptimConfig
-from vlp.train.state import TrainState
+from vlp.train.state import TrainState, write_config
 from vlp.train.step import NonFiniteError, StepReport, TrainStep
 
 if TYPE_CHECKING:
@@ -76,13 +76,23 @@ def micro_batches(config: TrainConfig, world: int) -> int:
         ValueError: the global batch has fewer samples than there are ranks.
     """
     if config.global_batch < world:
-        raise ValueError(f"train.global_batch {config.global_batch} is less than the {world} ranks; raise it or use fewer")
+        raise ValueError(
+            f"train.global_batch {config.global_batch} is less than the {world} ranks; raise it or use fewer"
+        )
     share = -(-config.global_batch // world)
     return -(-share // config.micro_batch)
 
 
-def train(parts: Parts, folder: Path, device: torch.device, *, prepare: Prepare = pair_example, command: str = "",
-          seen: int = 0, restored: Mapping[str, Any] | None = None) -> Outcome:
+def train(
+    parts: Parts,
+    folder: Path,
+    device: torch.device,
+    *,
+    prepare: Prepare = pair_example,
+    command: str = "",
+    seen: int = 0,
+    restored: Mapping[str, Any] | None = None,
+) -> Outcome:
     """Train ``parts.model`` in place on ``parts.reader``.
 
     Args:
@@ -102,22 +112,41 @@ def train(parts: Parts, folder: Path, device: torch.device, *, prepare: Prepare 
     assert parts.reader is not None
     model = parts.model.to(device).train()
     number = micro_batches(config, world_size())
-    loader = Loader(parts.reader, prepare, parts.tokenizer, model.text_views(), parts.run.data, seed=config.seed,
-                    global_batch=config.global_batch, micro_batches=number, rank=rank(), world=world_size())
-    step = TrainStep(wrap(model, config, device), config.optim, seed=config.seed, total=config.samples,
-                     precision=config.precision)
+    loader = Loader(
+        parts.reader,
+        prepare,
+        parts.tokenizer,
+        model.text_views(),
+        parts.run.data,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        micro_batches=number,
+        rank=rank(),
+        world=world_size(),
+    )
+    step = TrainStep(
+        wrap(model, config, device), config.optim, seed=config.seed, total=config.samples, precision=config.precision
+    )
     state = TrainState(folder, parts, step, command, keep=config.keep)
+    meter = Meter(device)
     if restored is not None:
         state.restore(restored)
+        meter.restore(restored["meter"])
     objectives = {name: one for name, one in model.objectives.items() if isinstance(one, Objective)}
-    watch = Watch(chance_levels(objectives, config.global_batch), patience=max(config.samples // 5, 20 * config.global_batch))
+    watch = Watch(
+        chance_levels(objectives, config.global_batch), patience=max(config.samples // 5, 20 * config.global_batch)
+    )
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        logger.info("global batch %d = %d ranks x %d micro-batches x up to %d", config.global_batch, world_size(), number,
-                    config.micro_batch)
+        write_config(folder, parts.run)  # all that can be wrong with it has been said
+        logger.info(
+            "global batch %d = %d ranks x %d micro-batches x up to %d",
+            config.global_batch,
+            world_size(),
+            number,
+            config.micro_batch,
+        )
         logger.info("chance levels: %s", ", ".join(f"{name} {level:.3f}" for name, level in watch.chances.items()))
     log = RunLog(folder, config.samples, seen, watch.chances, quiet=rank() != 0)
-    meter = Meter(device)
     try:
         with stop_signal() as stop:
             for batches in timed(loader.steps(seen, config.samples), meter):
@@ -125,7 +154,7 @@ def train(parts: Parts, folder: Path, device: torch.device, *, prepare: Prepare 
                 seen = report.seen
                 meter.add(report)
                 last = config.samples - seen < world_size()  # a step needs a sample per rank
-                if meter.steps == config.log_every or last:
+                if meter.steps >= config.log_every or last:
                     record = meter.record()
                     log.write(record)
                     for sentence in watch.look(seen, losses_of(record), record["wait_share"]):
@@ -133,7 +162,7 @@ def train(parts: Parts, folder: Path, device: torch.device, *, prepare: Prepare 
                 due = config.save_every is not None and seen // config.save_every > report.started // config.save_every
                 stopping = bool(agreed(stop.is_set(), device))
                 if due or last or stopping:
-                    state.save(seen, meter.latest)
+                    state.save(seen, meter.latest, meter.state())
                 if stopping and not last:
                     logger.warning("stopped by a signal at %d samples; go on with --resume %s", seen, folder)
                     break
@@ -154,8 +183,9 @@ def wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Modu
                 module.compile()
     if world_size() == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                               gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
 
 
 class Meter:
@@ -178,14 +208,28 @@ class Meter:
         self.samples += report.seen - report.started
         self.seen, self.rate = report.seen, report.lr
 
+    def state(self) -> dict[str, Any]:
+        """Return what is summed and not yet written, so that a resumed run writes the records it would have written."""
+        return {"sums": dict(self.sums), "steps": self.steps, "latest": self.latest}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state` gave."""
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.steps, self.latest = state["steps"], state["latest"]
+
     def record(self) -> dict[str, Any]:
         """Return the means since the last record, over all ranks, and begin anew. Synchronises with the device."""
         names = sorted(self.sums)
         total = sum_no_grad(torch.stack([self.sums[name].reshape(()).to(self.device) for name in names]))
         means = (total / (self.steps * world_size())).tolist()
         elapsed = time.perf_counter() - self.start
-        self.latest = {"seen": self.seen, **dict(zip(names, means, strict=True)), "lr": self.rate,
-                       "samples_per_second": self.samples / elapsed, "wait_share": min(self.waited / elapsed, 1.0)}
+        self.latest = {
+            "seen": self.seen,
+            **dict(zip(names, means, strict=True)),
+            "lr": self.rate,
+            "samples_per_second": self.samples / elapsed,
+            "wait_share": min(self.waited / elapsed, 1.0),
+        }
         self._clear()
         return self.latest
 

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from objectives.collectives import rank, world_size
-from vlp.checkpoint.native import find_checkpoint, save_checkpoint
+from vlp.checkpoint.native import CONFIG, find_checkpoint, save_checkpoint
+from vlp.config import Config, to_yaml
 from vlp.train.step import NonFiniteError, TrainStep
 
 if TYPE_CHECKING:
@@ -42,25 +43,46 @@ class TrainState:
         self.folder, self.parts, self.step, self.command, self.keep = folder, parts, step, command, keep
         self.latest = folder
 
-    def save(self, seen: int, metrics: Mapping[str, Any]) -> None:
-        """Write the checkpoint of ``seen`` samples; all ranks wait until it is whole."""
+    def save(self, seen: int, metrics: Mapping[str, Any], meter: Mapping[str, Any]) -> None:
+        """Write the checkpoint of ``seen`` samples; all ranks wait until it is whole.
+
+        Args:
+            seen: samples of the run so far.
+            metrics: for the model card.
+            meter: what the log has summed since its last record.
+        """
         from vlp.checkpoint.card import model_card
 
         self.latest = self.folder / "checkpoints" / f"{seen:012d}"
         if rank() == 0:
             buffer = io.BytesIO()
-            torch.save({"seen": seen, **self.step.state_dict()}, buffer)
+            torch.save({"seen": seen, "meter": dict(meter), **self.step.state_dict()}, buffer)
             card = model_card(self.parts.run, metrics, self.command, self.parts.model)
-            save_checkpoint(self.latest, self.parts.model, self.parts.run, self.parts.tokenizer, card,
-                            {STATE_FILE: buffer.getvalue()})
-            for old in sorted(self.folder.glob("checkpoints/[0-9]*"))[: -self.keep]:
-                shutil.rmtree(old)
+            save_checkpoint(
+                self.latest,
+                self.parts.model,
+                self.parts.run,
+                self.parts.tokenizer,
+                card,
+                {STATE_FILE: buffer.getvalue()},
+            )
+            self._clean()
         if world_size() > 1:
             dist.barrier()
 
+    def _clean(self) -> None:
+        """Remove what is older than the checkpoints to keep, and what killed runs left half written.
+
+        Later checkpoints are torn, or the run would have gone on from them; they do not count as kept.
+        """
+        folder = self.latest.parent
+        older = sorted(path for path in folder.glob("[0-9]*") if path.name < self.latest.name)
+        for path in [*older[: max(len(older) + 1 - self.keep, 0)], *folder.glob(".*.partial")]:
+            shutil.rmtree(path)
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up the state of a checkpoint."""
-        self.step.load_state_dict({name: value for name, value in state.items() if name != "seen"})
+        self.step.load_state_dict(state)
 
     def keep_batch(self, error: NonFiniteError) -> Path:
         """Write the batch of a step that gave no finite loss; return where."""
@@ -68,6 +90,12 @@ class TrainState:
         path = self.folder / f"nonfinite_rank{rank()}.pt"
         torch.save([batch.to("cpu") for batch in error.batches], path)
         return path
+
+
+def write_config(folder: Path, run: Config) -> None:
+    """Write the resolved config into a run's folder, where it is found before there is a checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(to_yaml(run), encoding="utf-8")
 
 
 def read_state(run: Path) -> tuple[Path, dict[str, Any]]:
