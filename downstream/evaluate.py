@@ -48,11 +48,15 @@ class EvaluateConfig(Config):
 
 def inherited(config: LoadedConfig) -> Layer:
     """Return what an evaluation or finetuning takes from its checkpoint, to lie below recipe and flags: how images and
-    texts are prepared. The image size is left to the model, so that it may be changed there.
+    texts are prepared. The image size is left to the model, so that it may be changed there; augmentation is left to
+    the recipe (colours that are jittered in pretraining may be what a task asks for).
     """
-    data = config.data.model_dump(include={"tokenizer", "max_length", "transform"})
-    data["transform"].pop("image_size")
-    return Layer({"data": data}, "checkpoint")
+    data = config.data
+    transform = data.transform.model_dump(include={"resize", "interpolation", "fill"})
+    tokenizer = data.tokenizer.model_dump()
+    return Layer(
+        {"data": {"tokenizer": tokenizer, "max_length": data.max_length, "transform": transform}}, "checkpoint"
+    )
 
 
 def parts_of(loaded: Loaded, data: DataConfig) -> Parts:
