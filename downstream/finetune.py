@@ -86,9 +86,11 @@ def finetune(
         command: for the model card.
 
     Raises:
-        ValueError: the data are not the task's, or the checkpoint's parts do not serve it.
+        ValueError: the folder holds a run, the data are not the task's, or the checkpoint's parts do not serve it.
         NonFiniteError: training diverged.
     """
+    if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+        raise ValueError(f"--out {folder}: holds a run already; choose another folder")
     task: TaskConfig = run.task
     run = run.model_copy(update={"data": task.settings(run.data)})
     reader, test = open_data(run.data, "train"), open_data(run.data, "val")

@@ -64,6 +64,8 @@ def test_weights_of_the_checkpoint_are_where_finetuning_begins(tmp_path):
     for name, tensor in after.items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=1e-6)
     assert done.after.metrics == done.before.metrics
+    with pytest.raises(ValueError, match="holds a run already"):
+        finetune(finetune_config(loaded, "toy", frozen), loaded, tmp_path / "run", CPU)
 
 
 def test_another_objective_keeps_the_parts_that_it_trains(tmp_path):
