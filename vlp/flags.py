@@ -33,6 +33,7 @@ def from_command_line(
     description: str = "",
     group: str = "",
     migrate: Migrate | None = None,
+    below: Sequence[Layer] = (),
 ) -> C:
     """The configuration that a recipe and flags give; `-h` or `--help` prints it instead and exits with 0.
 
@@ -48,13 +49,14 @@ def from_command_line(
         description: what it does, for the help.
         group: the folder of shipped recipes that a short name means.
         migrate: lifts a recipe of an older format.
+        below: layers that the recipe is laid over, such as what a checkpoint says.
 
     Raises:
         ConfigError: with all problems of recipe and flags.
         SystemExit: with 0, after the help.
     """
     tree = Tree(cls)
-    for layer in load_recipe(recipe, group=group, migrate=migrate) if recipe is not None else ():
+    for layer in (*below, *(load_recipe(recipe, group=group, migrate=migrate) if recipe is not None else ())):
         tree.add(layer)
     wants_help, flags = _split(argv, tree)
     # A flag needs the classes above it settled: parents before parts, and a part's kind before its other fields.

@@ -1,0 +1,63 @@
+"""What a command of the command line is, and what several of them share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlp.config import Config
+
+Arguments = argparse.Namespace
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, so that every mistake is reported in one way; knows its options.
+
+    Attributes:
+        options: the names that begin with two dashes.
+    """
+
+    def __init__(self, prog: str, about: str) -> None:
+        self.options: list[str] = []
+        super().__init__(prog, description=about, allow_abbrev=False, add_help=False)
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """Declare an argument, as argparse does."""
+        self.options += [name for name in names if name.startswith("--")]
+        return super().add_argument(*names, **settings)
+
+    def error(self, message: str) -> Any:
+        """Raise ValueError."""
+        raise ValueError(f"{message}; {self.prog} --help lists the arguments")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word behind `vlp`."""
+
+    about: str
+    """What it does, in one sentence."""
+    arguments: Callable[[Parser], None]
+    """Declares its own arguments."""
+    run: Callable[[Arguments, Any], None]
+    """Does it, given its arguments and config."""
+    config: Callable[[Arguments, list[str]], Config] | None = None
+    """For commands with a config tree: the tree that arguments and flags give."""
+
+
+def device_option(parser: Parser) -> None:
+    """Add `--device`."""
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps, ...; the best that there is by default")
+
+
+def print_result(what: Any) -> None:
+    """Print something of rich on rank 0, wide enough for tables where no terminal says how wide."""
+    from rich.console import Console
+
+    if os.environ.get("RANK", "0") == "0":
+        Console(width=None if sys.stdout.isatty() else 140).print(what)

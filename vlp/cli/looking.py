@@ -1,0 +1,100 @@
+"""Commands to begin with: show, recipes, demo."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlp.cli.command import Arguments, Command, Parser, device_option, print_result
+
+if TYPE_CHECKING:
+    from vlp.config import Config
+
+
+def show_arguments(parser: Parser) -> None:
+    """Declare the arguments of `vlp show`."""
+    parser.add_argument("recipe", nargs="?", help="name of a recipe (vlp recipes lists them) or a .yaml file")
+
+
+def show_config(arguments: Arguments, flags: list[str]) -> Config:
+    """Return the config to show."""
+    from vlp.checkpoint.migrate import migrate
+    from vlp.flags import from_command_line
+    from vlp.run import RunConfig
+
+    if arguments.recipe is None and "--help" not in flags:
+        raise ValueError("vlp show: name a recipe (vlp recipes lists them)")
+    prog = f"vlp show {arguments.recipe or 'RECIPE'}"
+    return from_command_line(RunConfig, flags, arguments.recipe, prog=prog, group="pretrain", migrate=migrate)
+
+
+def show(arguments: Arguments, config: Any) -> None:
+    """Run `vlp show`."""
+    from vlp import show as showing
+
+    print_result(showing.show(config))
+
+
+def recipes_arguments(parser: Parser) -> None:
+    """Declare the arguments of `vlp recipes`."""
+    parser.add_argument("recipe", nargs="?", help="print this one as it is written")
+
+
+def recipes(arguments: Arguments, config: Any) -> None:
+    """Run `vlp recipes`."""
+    from vlp.recipes import find_recipe, list_recipes
+
+    if arguments.recipe is not None:
+        sys.stdout.write(find_recipe(arguments.recipe).read_text(encoding="utf-8"))
+        return
+    names = list_recipes()
+    width = max(map(len, names), default=0)
+    for name in names:
+        sys.stdout.write(f"{name:<{width}}  {headline(find_recipe(name))}\n")
+
+
+def headline(recipe: Path) -> str:
+    """Return the first sentence of a recipe's head comment, or nothing."""
+    lines = []
+    for line in recipe.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#") or not line.strip("# "):
+            break
+        lines.append(line.strip("# "))
+    return re.split(r"\.\s+(?=[A-Z])", " ".join(lines))[0].removesuffix(".")
+
+
+def demo_arguments(parser: Parser) -> None:
+    """Declare the arguments of `vlp demo`."""
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder to write (runs/demo)"
+    )
+    device_option(parser)
+
+
+def demo_config(arguments: Arguments, flags: list[str]) -> Config:
+    """Return the demo's budgets."""
+    from downstream.demo import DemoConfig
+    from vlp.flags import from_command_line
+
+    return from_command_line(DemoConfig, flags, prog="vlp demo")
+
+
+def demo(arguments: Arguments, config: Any) -> None:
+    """Run `vlp demo`."""
+    from downstream import demo as demonstration
+    from downstream.report import table, write_report
+    from vlp.train.distributed import pick_device
+
+    device = pick_device(arguments.device)
+    report = demonstration.demo(config, arguments.out, device, command=arguments.command)
+    write_report(report, arguments.out / "report.html")
+    print_result(table(report))
+
+
+SHOW = Command("print a recipe's settings, the plan of a step, parameters and FLOPs", show_arguments, show, show_config)
+DEMO = Command(
+    "pretrain, evaluate and finetune on data that comes with vlp, and write a report", demo_arguments, demo, demo_config
+)
+RECIPES = Command("list the recipes, or print one", recipes_arguments, recipes)

@@ -1,0 +1,193 @@
+"""Commands that train: pretrain, finetune, compare."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlp.cli.command import Arguments, Command, Parser, device_option, print_result
+from vlp.cli.tasks import choose_task, open_checkpoint, task_arguments
+
+if TYPE_CHECKING:
+    from vlp.config import Config
+    from vlp.run import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain_arguments(parser: Parser) -> None:
+    """Declare the arguments of `vlp pretrain`."""
+    parser.add_argument("recipe", nargs="?", help="name of a recipe (vlp recipes lists them) or a .yaml file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/RECIPE)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run, exactly; changed flags extend it")
+    parser.add_argument("--init", metavar="CHECKPOINT", help="begin with the weights and the tokenizer of a checkpoint")
+    device_option(parser)
+
+
+def pretrain_config(arguments: Arguments, flags: list[str]) -> Config:
+    """Return the run's config."""
+    from vlp.checkpoint.migrate import migrate
+    from vlp.checkpoint.native import find_checkpoint
+    from vlp.flags import from_command_line
+    from vlp.pretrain import resumed_config
+    from vlp.run import RunConfig
+
+    if arguments.resume is not None:
+        if arguments.recipe or arguments.out or arguments.init:
+            raise ValueError(
+                "--resume takes recipe, folder and weights from the run; leave out RECIPE, --out and --init"
+            )
+        return resumed_config(find_checkpoint(arguments.resume), flags)
+    prog = f"vlp pretrain {arguments.recipe or 'RECIPE'}"
+    if arguments.recipe is None and "--help" not in flags:
+        raise ValueError("vlp pretrain: name a recipe (vlp recipes lists them), or --resume RUN")
+    return from_command_line(RunConfig, flags, arguments.recipe, prog=prog, group="pretrain", migrate=migrate)
+
+
+def pretrain(arguments: Arguments, config: Any) -> None:
+    """Run `vlp pretrain`."""
+    from vlp import pretrain as training
+    from vlp.train.distributed import pick_device, process_group
+
+    device = pick_device(arguments.device)
+    with process_group(device):
+        if arguments.resume is not None:
+            outcome = training.resume(arguments.resume, arguments.flags, device, command=arguments.command)
+        else:
+            folder = arguments.out or Path("runs") / Path(arguments.recipe).stem
+            outcome = training.pretrain(config, folder, device, command=arguments.command, init=arguments.init)
+    logger.info("%s samples seen; checkpoint %s", f"{outcome.seen:,}", outcome.checkpoint)
+
+
+def finetune_arguments(parser: Parser) -> None:
+    """Declare the arguments of `vlp finetune`."""
+    task_arguments(parser)
+    parser.add_argument("--init", metavar="CHECKPOINT", help="run, checkpoint or hub id to begin with")
+    parser.add_argument("--data", nargs="+", metavar="DATA", help="training data, then validation data")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/TASK)")
+
+
+def finetune_config(arguments: Arguments, flags: list[str]) -> Config:
+    """Return the config of a finetuning."""
+    from downstream.finetune import FinetuneConfig, checkpoint_layer
+    from vlp.checkpoint.migrate import migrate
+    from vlp.config import Layer
+    from vlp.flags import from_command_line
+
+    recipe, task = choose_task(arguments, flags)
+    loaded = arguments.loaded = open_checkpoint(arguments, arguments.init, "--init", flags)
+    below = [task] if loaded is None else [checkpoint_layer(loaded.config), task]
+    if arguments.init is not None:
+        below.append(Layer({"init": arguments.init}, "--init"))
+    names = ("train", "val")
+    if len(arguments.data or ()) > len(names):
+        raise ValueError(
+            f"--data {' '.join(arguments.data)}: give training data, then validation data; others by --data.train"
+        )
+    given = [word for pair in zip(names, arguments.data or ()) for word in (f"--data.{pair[0]}", pair[1])]
+    prog = f"vlp finetune {arguments.task or 'TASK'}"
+    return from_command_line(
+        FinetuneConfig, [*given, *flags], recipe, prog=prog, group="finetune", migrate=migrate, below=below
+    )
+
+
+def finetune(arguments: Arguments, config: Any) -> None:
+    """Run `vlp finetune`."""
+    from downstream import finetune as tuning
+    from vlp.train.distributed import pick_device, process_group
+
+    device = pick_device(arguments.device)
+    folder = arguments.out or Path("runs") / config.task.kind
+    with process_group(device):
+        done = tuning.finetune(config, arguments.loaded, folder, device, command=arguments.command)
+    if (table := tuning.finetune_table(config, done)) is not None:
+        print_result(table)
+    logger.info("checkpoint %s", done.outcome.checkpoint)
+
+
+def compare_arguments(parser: Parser) -> None:
+    """Declare the arguments of `vlp compare`."""
+    parser.add_argument("recipe", nargs="?", help="name of a recipe or a .yaml file, of which each variant differs")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        metavar="NAME:FLAG=VALUE,...",
+        dest="variants",
+        help="one variant, as co:model.fusion.attention=co; may be repeated",
+    )
+    parser.add_argument("--grid", type=Path, metavar="FILE", help="YAML file of variants: name to tree of settings")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the runs (runs/compare); done variants are kept"
+    )
+    device_option(parser)
+
+
+def compare_config(arguments: Arguments, flags: list[str]) -> Config:
+    """Return the config that all variants start from."""
+    from vlp.flags import from_command_line
+    from vlp.run import RunConfig
+
+    if arguments.recipe is None and "--help" not in flags:
+        raise ValueError("vlp compare: name a recipe (vlp recipes lists them)")
+    return from_command_line(
+        RunConfig, flags, arguments.recipe, prog=f"vlp compare {arguments.recipe or 'RECIPE'}", group="pretrain"
+    )
+
+
+def compare_variants(arguments: Arguments, config: Any) -> Mapping[str, RunConfig]:
+    """Return the config of each variant by name: those that are asked for, else each fusion.
+
+    Raises:
+        ValueError: a variant is named twice, or is wrong.
+    """
+    from downstream.compare import each_fusion
+    from vlp.config import Layer
+    from vlp.flags import from_command_line
+    from vlp.recipes import read_tree
+    from vlp.run import RunConfig
+
+    if not arguments.variants and arguments.grid is None:
+        return each_fusion(config)
+    runs: dict[str, RunConfig] = {}
+    asked: list[tuple[str, list[str], Layer]] = []
+    for word in arguments.variants or ():
+        name, _, settings = word.partition(":")
+        own = [f"--{setting}" for setting in settings.split(",") if setting]
+        asked.append((name, own, Layer({})))
+    for name, tree in read_tree(arguments.grid).items() if arguments.grid else ():
+        asked.append((name, [], Layer(tree or {}, str(arguments.grid))))
+    for name, own, layer in asked:
+        if not name or name in runs or "/" in name:
+            raise ValueError(
+                f"--variant {name or '(no name)'}: give each variant a name of its own, NAME:FLAG=VALUE,..."
+            )
+        below = Layer(config.model_dump(mode="json"))
+        runs[name] = from_command_line(RunConfig, own, below=[below, layer])
+    return runs
+
+
+def compare(arguments: Arguments, config: Any) -> None:
+    """Run `vlp compare`."""
+    from downstream import compare as comparison
+    from vlp.train.distributed import pick_device, process_group
+
+    runs = compare_variants(arguments, config)
+    folder = arguments.out or Path("runs") / "compare"
+    device = pick_device(arguments.device)
+    with process_group(device):
+        done = comparison.compare(runs, folder, device, command=arguments.command)
+    print_result(comparison.compare_table(done))
+
+
+PRETRAIN = Command("train a model from a recipe, or go on with a run", pretrain_arguments, pretrain, pretrain_config)
+FINETUNE = Command(
+    "train a checkpoint for a task, with the metric before and after", finetune_arguments, finetune, finetune_config
+)
+COMPARE = Command(
+    "train variants of a recipe on the same data and budget, and print their table",
+    compare_arguments,
+    compare,
+    compare_config,
+)

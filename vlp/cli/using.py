@@ -1,0 +1,125 @@
+"""Commands that use a checkpoint: evaluate, predict, embed, search."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlp.cli.command import Arguments, Command, Parser, device_option, print_result
+from vlp.cli.tasks import choose_task, open_checkpoint, task_arguments
+
+if TYPE_CHECKING:
+    from vlp.config import Config
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_arguments(parser: Parser) -> None:
+    """Declare the arguments of `vlp evaluate` and `vlp predict`."""
+    task_arguments(parser)
+    parser.add_argument("checkpoint", nargs="?", help="run, checkpoint or hub id")
+    parser.add_argument("--data", nargs="+", metavar="DATA", help="shards, a table or a folder")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="folder of an evaluation, .jsonl file of predictions")
+
+
+def evaluate_config(arguments: Arguments, flags: list[str]) -> Config:
+    """Return the config of an evaluation."""
+    from downstream.evaluate import EvaluateConfig, inherited
+    from vlp.config import Layer
+    from vlp.flags import from_command_line
+
+    if arguments.task is not None and arguments.checkpoint is None and "--help" not in flags:
+        raise ValueError("name a task and a checkpoint: vlp evaluate retrieval runs/demo --data DATA")
+    _, task = choose_task(arguments, flags)
+    loaded = arguments.loaded = open_checkpoint(arguments, arguments.checkpoint, "CHECKPOINT", flags)
+    below = [task] if loaded is None else [inherited(loaded.config), task]
+    below.append(Layer({"checkpoint": arguments.checkpoint or ""}))
+    data = arguments.data if arguments.data is None or len(arguments.data) > 1 else arguments.data[0]
+    below += [] if data is None else [Layer({"data": {"val": data}}, "--data")]
+    return from_command_line(
+        EvaluateConfig, flags, prog=f"vlp evaluate {arguments.task or 'TASK'} CHECKPOINT", below=below
+    )
+
+
+def evaluate(arguments: Arguments, config: Any) -> None:
+    """Run `vlp evaluate`."""
+    from downstream import evaluate as evaluation
+    from vlp.train.distributed import pick_device, process_group
+
+    folder = arguments.out or Path("runs") / f"{config.task.kind}-{Path(config.checkpoint).name}"
+    with process_group(pick_device(arguments.device)):
+        result = evaluation.evaluate(config, arguments.loaded, folder, command=arguments.command)
+    print_result(evaluation.result_table(config.task, result))
+    logger.info("%s and predictions in %s", evaluation.RESULT, folder)
+
+
+def predict(arguments: Arguments, config: Any) -> None:
+    """Run `vlp predict`."""
+    from downstream import evaluate as evaluation
+
+    path = arguments.out or Path("runs") / f"{config.task.kind}-{Path(config.checkpoint).name}.jsonl"
+    number = evaluation.predict(config, arguments.loaded, path)
+    logger.info("%d predictions in %s", number, path)
+
+
+def embed_arguments(parser: Parser) -> None:
+    """Declare the arguments of `vlp embed`."""
+    parser.add_argument("data", help="a folder of images, shards or a table")
+    parser.add_argument("--checkpoint", required=True, help="run, checkpoint or hub id")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="index to write: .npz or .parquet")
+    parser.add_argument("--modality", choices=("image", "text"), default="image", help="what is embedded (image)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="samples run at a time (64)")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that decode images (0: this one)"
+    )
+    device_option(parser)
+
+
+def embed(arguments: Arguments, config: Any) -> None:
+    """Run `vlp embed`."""
+    from downstream.embedding import embed_folder
+    from vlp.checkpoint.load import load
+    from vlp.train.distributed import pick_device
+
+    loaded = load(arguments.checkpoint, device=pick_device(arguments.device))
+    embed_folder(
+        loaded,
+        arguments.data,
+        arguments.out,
+        modality=arguments.modality,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+    )
+
+
+def search_arguments(parser: Parser) -> None:
+    """Declare the arguments of `vlp search`."""
+    parser.add_argument("index", type=Path, help="what vlp embed wrote")
+    parser.add_argument("queries", nargs="+", metavar="QUERY", help="a text, or an image file")
+    parser.add_argument("--checkpoint", required=True, help="run, checkpoint or hub id that made the index")
+    parser.add_argument("--top", type=int, default=10, metavar="K", help="how many of each (10)")
+    device_option(parser)
+
+
+def search(arguments: Arguments, config: Any) -> None:
+    """Run `vlp search`."""
+    from rich.table import Table
+
+    from downstream import embedding
+    from vlp.checkpoint.load import load
+    from vlp.train.distributed import pick_device
+
+    loaded = load(arguments.checkpoint, device=pick_device(arguments.device))
+    found = embedding.search(loaded, arguments.index, arguments.queries, arguments.top)
+    for query, rows in zip(arguments.queries, found, strict=True):
+        table = Table("cosine", "found", title=query, title_justify="left")
+        for key, cosine in rows:
+            table.add_row(f"{cosine:.3f}", key)
+        print_result(table)
+
+
+EVALUATE = Command("score a checkpoint on a task's data", evaluate_arguments, evaluate, evaluate_config)
+PREDICT = Command("write what a checkpoint says of data without labels", evaluate_arguments, predict, evaluate_config)
+EMBED = Command("write the vectors of a folder's images, or of texts", embed_arguments, embed)
+SEARCH = Command("find what is nearest to a text or an image in such a file", search_arguments, search)
