@@ -44,6 +44,8 @@ def pretrain(
         ValueError: the folder holds a run, the config is not complete, or the data are unusable.
         NonFiniteError: training diverged.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: is a file; give a folder")
     if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
         raise ValueError(f"--out {folder}: holds a run already; go on with --resume {folder}, or choose another folder")
     if not run.data.train:

@@ -4,6 +4,6 @@ A command's own options are read by argparse; every other `--a.b.c VALUE` belong
 What a command needs is imported when it is chosen, so that help and mistakes come at once.
 """
 
-from vlp.cli.main import main
+from vlp.cli.dispatch import main
 
 __all__ = ["main"]
