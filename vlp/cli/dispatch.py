@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import shlex
@@ -93,6 +94,7 @@ def dispatch(words: Sequence[str]) -> None:
         flags.append("--help")
     if flags and command.config is None:
         raise ValueError(f"vlp {words[0]}: unknown option {flags[0]}; {did_you_mean(flags[0], parser.options)}")
+    check_options(flags, parser)
     arguments = parser.parse_args(own)
     arguments.name, arguments.flags, arguments.command = words[0], flags, shlex.join(["vlp", *words])
     start_logging(arguments.quiet or wants_help)
@@ -118,7 +120,7 @@ def parser_of(name: str, command: Command) -> Parser:
     command.arguments(parser)
     if command.config is not None:
         parser.add_argument("--dry-run", action="store_true", help="print the resolved config tree and stop")
-        parser.epilog = "Every field of the config tree is an option too: --train.samples 1000, --objectives.mlm none."
+        parser.epilog = "Every field of the config tree is an option too, and listed below."
     parser.add_argument("--quiet", action="store_true", help="log warnings only")
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
@@ -139,8 +141,23 @@ def split(words: Sequence[str], parser: Parser) -> tuple[list[str], list[str]]:
     return own, flags
 
 
+def check_options(flags: Sequence[str], parser: Parser) -> None:
+    """Look for misspelt options of the command itself among the flags of its config tree.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name in (word.partition("=")[0] for word in flags if word.startswith("--") and word != "--help"):
+        near = difflib.get_close_matches(name, parser.options, n=1, cutoff=0.8)
+        if near and "." not in name:
+            raise ValueError(f"{name}: unknown option; perhaps you meant {near[0]}")
+
+
 def start_logging(quiet: bool) -> None:
-    """Log to standard error, one plain line a record where it is no terminal; of ranks beside the first only errors."""
+    """Log to standard error, one plain line a record where it is no terminal.
+
+    Of the ranks beside the first only errors, and the bad samples, of which each rank meets its own.
+    """
     level = logging.ERROR if os.environ.get("RANK", "0") != "0" else logging.WARNING if quiet else logging.INFO
     handler: logging.Handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)-7s %(message)s"))
@@ -152,3 +169,4 @@ def start_logging(quiet: bool) -> None:
     logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
     for name in ("vlp", "encoders", "objectives", "downstream"):
         logging.getLogger(name).setLevel(level)
+    logging.getLogger("vlp.data.loader").setLevel(min(level, logging.WARNING))

@@ -86,6 +86,8 @@ def open_reader(
                 )
             return FolderReader(path)
         path = tables[0]
+    if not path.exists() and not path.suffix:
+        raise ValueError(f"data: there is no file or folder '{path}'; check the path")
     if path.suffix not in TABLE_SUFFIXES:
         known = ", ".join((".tar", *TABLE_SUFFIXES))
         raise ValueError(f"data: '{path}' is neither a folder nor a file ending in {known}; check the path")

@@ -175,7 +175,7 @@ def test_folder_order_and_missing_caption(folder):
         ("latin.csv", "image,caption\na.png,gr\xfcn\n".encode("latin-1"), "not UTF-8"),
         ("torn.parquet", "PAR1", "not a readable parquet"),
         ("data.xlsx", "x", "neither a folder nor a file ending in .tar"),
-        ("nowhere", None, "neither a folder"),
+        ("nowhere", None, "there is no file or folder"),
     ],
 )
 def test_user_errors_take_one_line(tmp_path, name, content, words):
