@@ -22,7 +22,7 @@ FLOORS = "The floors of vlp"
 PLANTED = {
     "downstream/task.py": ("from vlp.cli import main", {CLI}),
     "vlp/train/loop.py": ("from downstream.task import TaskConfig", {DOWNSTREAM}),
-    "encoders/text.py": ("from vlp.model import Model", {VLP, OBJECTIVES}),  # which it reaches through vlp
+    "encoders/text.py": ("from vlp.data.order import Order", {VLP}),
     "objectives/itc.py": ("import vlp.data.batch", {VLP}),
     "encoders/layers.py": ("from objectives.base import Draw", {OBJECTIVES}),
     "vlp/recipes.py": ("import encoders.types", {CONFIG}),
