@@ -98,13 +98,14 @@ def compare(
     for number, (name, run) in enumerate(runs.items(), 1):
         place = folder / name
         claim(place, run)
-        if not (place / ROW).is_file():
-            logger.info("variant %s, %d of %d", name, number, len(runs))
-            if not finish(place, run, device, command):
-                logger.warning("interrupted; the same command goes on")
-                break
-            score(name, place, run, device, task or RetrievalConfig(), command)
-        rows.append(Row(**json.loads((place / ROW).read_text(encoding="utf-8"))))
+        if (place / ROW).is_file():
+            rows.append(Row(**json.loads((place / ROW).read_text(encoding="utf-8"))))
+            continue
+        logger.info("variant %s, %d of %d", name, number, len(runs))
+        if not finish(place, run, device, command):
+            logger.warning("interrupted; the same command goes on")
+            break
+        rows.append(score(name, place, run, device, task or RetrievalConfig(), command))
     return rows
 
 
@@ -121,10 +122,11 @@ def claim(place: Path, run: RunConfig) -> None:
         ValueError: it is another.
     """
     path, text = place / VARIANT, to_yaml(run)
+    if rank() != 0:
+        return
     if not path.is_file():
-        if rank() == 0:
-            place.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+        place.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     elif path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{place} holds a variant of this name with other settings; remove it or choose another --out")
 
@@ -136,8 +138,8 @@ def finish(place: Path, run: RunConfig, device: torch.device, command: str) -> b
     return outcome.finished
 
 
-def score(name: str, place: Path, run: RunConfig, device: torch.device, task: RetrievalConfig, command: str) -> None:
-    """Score a trained variant and write its row."""
+def score(name: str, place: Path, run: RunConfig, device: torch.device, task: RetrievalConfig, command: str) -> Row:
+    """Score a trained variant; write its row and return it."""
     loaded = load(place, device=device)
     settings = EvaluateConfig(task=task, checkpoint=str(place), data=run.data.model_copy(update={"train": None}))
     result = evaluate(settings, loaded, place / "retrieval", command=command)
@@ -152,6 +154,7 @@ def score(name: str, place: Path, run: RunConfig, device: torch.device, task: Re
     )
     if rank() == 0:
         (place / ROW).write_text(json.dumps(asdict(row), indent=1) + "\n", encoding="utf-8")
+    return row
 
 
 def compare_table(rows: list[Row]) -> Table:
