@@ -6,12 +6,17 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import runs
 import torch
 from runs import BATCH, Run, checkpoints, losses, pretrain, resume, weights
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +141,7 @@ def rank_envs() -> list[dict[str, str]]:
 
 
 def test_two_ranks_killed_and_resumed(recipe, tmp_path):
-    """A rank runs two micro-batches a step, the last of them uneven: 5 samples are cut into 3 + 2, 2 + 1 + 1 + 1."""
+    """A step of 5 samples: 3 for the first rank and 2 for the second, each in two micro-batches."""
     folders = [tmp_path / name for name in ("whole", "run")]
     flags = ("--device", "cpu", "--train.global-batch", "5", "--train.micro-batch", "2", "--train.save-every", "15")
     for folder in folders:
@@ -148,5 +153,37 @@ def test_two_ranks_killed_and_resumed(recipe, tmp_path):
             assert [run.end() for run in ranks] == [-signal.SIGKILL] * 2
             ranks = both(runs.start, folder, "pretrain", "--resume", folder, "--device", "cpu")
         assert [run.end() for run in ranks] == [0, 0], "".join(run.said() for run in ranks)
+    assert weights(folders[0]) == weights(folders[1])
+    assert losses(folders[0]) == losses(folders[1])
+
+
+def torchrun(folder: Path, *words: str | Path) -> subprocess.Popen[bytes]:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
+    program = (sys.executable, "-c", "import sys; from vlp.cli import main; sys.exit(main())", "pretrain")
+    output = folder.with_suffix(".out").open("wb")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *launcher, *program, *words, "--device", "cpu"], stdout=output, stderr=output, env=env
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_torchrun_killed_and_resumed(recipe, tmp_path, number):
+    """One rank dies at once, which ends the other; or torchrun is told to stop, and both save first."""
+    folders = [tmp_path / name for name in ("whole", "run")]
+    for folder in folders:
+        process = torchrun(folder, recipe, "--out", folder)
+        if folder.name == "run":
+            while not any(record["seen"] >= 6 * BATCH for record in runs.records(folder)):
+                assert process.poll() is None, folder.with_suffix(".out").read_text()
+                time.sleep(0.002)
+            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(process.pid if number == signal.SIGTERM else int(ranks[-1]), number)
+            assert process.wait(120) != 0
+            if number == signal.SIGTERM:
+                assert f"go on with --resume {folder}" in folder.with_suffix(".out").read_text()
+            process = torchrun(folder, "--resume", folder)
+        assert process.wait(120) == 0, folder.with_suffix(".out").read_text()
     assert weights(folders[0]) == weights(folders[1])
     assert losses(folders[0]) == losses(folders[1])
