@@ -86,3 +86,14 @@ def test_the_installed_command_in_a_folder_that_holds_encoders(place, tmp_path):
     where = "import vlp, encoders; print(vlp.__file__, encoders.__file__)"
     found = call(sys.executable, "-c", where, cwd=place.parent, env=env).split()
     assert all(Path(path).is_relative_to(place) for path in found)
+
+
+@pytest.mark.slow
+def test_the_installed_demo_in_a_folder_that_holds_encoders(place, tmp_path):
+    (tmp_path / "encoders").mkdir()
+    (tmp_path / "encoders/__init__.py").write_text("raise SystemExit('encoders of the working directory')\n")
+    env = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+    words = (place / "bin" / "vlp", "demo", "--smoke", "--out", "run", "--device", "cpu")
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "<html" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

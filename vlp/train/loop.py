@@ -109,43 +109,17 @@ def train(
         NonFiniteError: a loss or gradient was not finite; nothing was updated, the batch lies in the folder.
     """
     config = parts.run.train
-    assert parts.reader is not None
-    model = parts.model.to(device).train()
-    number = micro_batches(config, world_size())
-    loader = Loader(
-        parts.reader,
-        prepare,
-        parts.tokenizer,
-        model.text_views(),
-        parts.run.data,
-        seed=config.seed,
-        global_batch=config.global_batch,
-        micro_batches=number,
-        rank=rank(),
-        world=world_size(),
-    )
-    step = TrainStep(
-        wrap(model, config, device), config.optim, seed=config.seed, total=config.samples, precision=config.precision
-    )
+    model = wrap(parts.model.to(device).train(), config, device)
+    loader = open_loader(parts, prepare)
+    step = TrainStep(model, config.optim, seed=config.seed, total=config.samples, precision=config.precision)
     state = TrainState(folder, parts, step, command, keep=config.keep)
     meter = Meter(device)
     if restored is not None:
         state.restore(restored)
         meter.restore(restored["meter"])
-    objectives = {name: one for name, one in model.objectives.items() if isinstance(one, Objective)}
-    watch = Watch(
-        chance_levels(objectives, config.global_batch), patience=max(config.samples // 5, 20 * config.global_batch)
-    )
+    watch = watch_over(parts)
     if rank() == 0:
-        write_config(folder, parts.run)  # all that can be wrong with it has been said
-        logger.info(
-            "global batch %d = %d ranks x %d micro-batches x up to %d",
-            config.global_batch,
-            world_size(),
-            number,
-            config.micro_batch,
-        )
-        logger.info("chance levels: %s", ", ".join(f"{name} {level:.3f}" for name, level in watch.chances.items()))
+        write_config(folder, parts.run)  # only now: all that can be wrong with it has been said
     log = RunLog(folder, config.samples, seen, watch.chances, quiet=rank() != 0)
     try:
         with stop_signal() as stop:
@@ -173,6 +147,40 @@ def train(
         log.close()
     loader.report_bad()
     return Outcome(state.latest, seen, config.samples - seen < world_size())
+
+
+def open_loader(parts: Parts, prepare: Prepare) -> Loader:
+    """Return this rank's loader of the training data.
+
+    Raises:
+        ValueError: the global batch has fewer samples than there are ranks.
+    """
+    config, world = parts.run.train, world_size()
+    number = micro_batches(config, world)
+    sizes = (config.global_batch, world, number, config.micro_batch)
+    logger.info("global batch %d = %d ranks x %d micro-batches x up to %d", *sizes)
+    assert parts.reader is not None
+    return Loader(
+        parts.reader,
+        prepare,
+        parts.tokenizer,
+        parts.model.text_views(),
+        parts.run.data,
+        seed=config.seed,
+        global_batch=config.global_batch,
+        micro_batches=number,
+        rank=rank(),
+        world=world,
+    )
+
+
+def watch_over(parts: Parts) -> Watch:
+    """Return the watch of a run's losses, and say their chance levels."""
+    config = parts.run.train
+    objectives = {name: one for name, one in parts.model.objectives.items() if isinstance(one, Objective)}
+    chances = chance_levels(objectives, config.global_batch)
+    logger.info("chance levels: %s", ", ".join(f"{name} {level:.3f}" for name, level in chances.items()))
+    return Watch(chances, patience=max(config.samples // 5, 20 * config.global_batch))
 
 
 def wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
