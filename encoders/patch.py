@@ -118,29 +118,32 @@ class PatchEncoder(nn.Module):
         pixels = images.pixels
         if not pixels.is_floating_point():
             pixels = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
-        keep, mask = self._keep(images.keep)
+        keep = self._keep(images.keep)
+        # Not every ViT of timm takes a mask (BEiT does not), so none is given where none is needed.
+        given: dict[str, Any] = {} if keep is None else {"attn_mask": keep[:, None, None, :]}
+        every: tuple[Tensor, ...] | None
         hook = None
         if images.masked is not None:
             hook = self.vit.patch_embed.register_forward_hook(partial(self._replace_masked, images.masked))
         try:
-            if layers:
-                found = self.vit.forward_intermediates(pixels, output_fmt="NLC", return_prefix_tokens=True, attn_mask=mask)
-                states = found[0]
-                every = tuple(torch.cat([prefix, patch], 1) for patch, prefix in found[1])
+            if layers and not self.bare:
+                given |= {"output_fmt": "NLC", "return_prefix_tokens": True}
+                states, found = self.vit.forward_intermediates(pixels, **given)
+                # timm pairs patches with prefix tokens only where there are prefix tokens.
+                every = tuple(x if isinstance(x, Tensor) else torch.cat([x[1], x[0]], 1) for x in found)
             else:
-                states, every = self.vit.forward_features(pixels, attn_mask=mask), None
+                states = self.vit.forward_features(pixels, **given)
+                every = () if layers else None
         finally:
             if hook is not None:
                 hook.remove()
         return Tokens(states, keep, self._pool(states, keep), every)
 
-    def _keep(self, patches: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """[B, P] -> keep [B, N] with the prefix tokens, and its attention mask [B, 1, 1, N]."""
+    def _keep(self, patches: Tensor | None) -> Tensor | None:
+        """[B, P] -> keep [B, N] with the prefix tokens."""
         if patches is None:
-            return None, None
-        prefix = patches.new_ones(patches.shape[0], self.vit.num_prefix_tokens)
-        keep = torch.cat([prefix, patches], 1)
-        return keep, keep[:, None, None, :]
+            return None
+        return torch.cat([patches.new_ones(patches.shape[0], self.vit.num_prefix_tokens), patches], 1)
 
     def _replace_masked(self, masked: Tensor, module: nn.Module, inputs: Any, patches: Tensor) -> Tensor:
         if self.mask_token is None:
