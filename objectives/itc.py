@@ -8,6 +8,7 @@ Shapes: B images, T texts of this rank, N images, S texts of all ranks, E embedd
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import ClassVar, Literal
 
 import torch
@@ -69,13 +70,23 @@ class Itc(Objective):
         all_image = gather_grad_to_all(image, None if sizes is None else [s[0] for s in sizes])
         all_text = gather_grad_to_all(text, None if sizes is None else [s[1] for s in sizes])
         by_image, by_text = true_pairs(batch, self.config.positives, image.device, everywhere=True)
-        image_logits = scale.exp() * image @ all_text.T  # [B, S]
-        text_logits = scale.exp() * text @ all_image.T  # [T, N]
+        image_logits = similarities(image, all_text, scale)  # [B, S]
+        text_logits = similarities(text, all_image, scale)  # [T, N]
         # A rank's share of the texts differs from its share of the images where texts are more; `count` is images.
         share = (text.shape[0] / all_text.shape[0]) / (image.shape[0] / all_image.shape[0])
         loss = (contrastive(image_logits, by_image) + share * contrastive(text_logits, by_text)) / 2
         metrics = {"accuracy": top1(image_logits, by_image), "scale": scale.detach().exp()[0]}
         return LossOutput(loss, metrics)
+
+
+def similarities(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+    """Embeds [R, E] and [C, E] times the exponential of the log scale [1] -> logits [R, C].
+
+    Autocast is off: at the scale of 100 a bf16 logit is rounded by up to 0.25, and many columns become equal.
+    """
+    device = left.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        return scale.exp() * left @ right.T
 
 
 def contrastive(logits: Tensor, true: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from encoders.layers import initialise
 from encoders.types import Batch
 from objectives.base import Draw, Embed, Fuse, LossOutput, ModelSpec, Objective, Results, Rows
+from objectives.itc import similarities
 from objectives.pairs import Positives, image_of_text, true_pairs
 from vlp.config import Config
 
@@ -104,9 +105,9 @@ class Itm(Objective):
         if mix == 0.0:
             return even_text, even_image
         assert results.logit_scale is not None
-        logits = results.logit_scale.exp() * results[Embed("image")] @ results[Embed("text")].T
-        hard_text = self._hard(logits.float(), by_image)
-        hard_image = self._hard(logits.float().T, by_text)
+        logits = similarities(results[Embed("image")], results[Embed("text")], results.logit_scale)
+        hard_text = self._hard(logits, by_image)
+        hard_image = self._hard(logits.T, by_text)
         return _blend(even_text, hard_text, mix), _blend(even_image, hard_image, mix)
 
     def _hard(self, logits: Tensor, true: Tensor) -> Tensor:

@@ -57,9 +57,7 @@ def true_pairs(batch: Batch, rule: Positives, device: torch.device, everywhere: 
     if rule == "id_or_caption" and batch.caption_id is not None:
         captions = collect(batch.caption_id, text_sizes)
         same = batch.caption_id[:, None] == captions[None]  # [T, S]
-        # Image i and text s share words if any text of image i equals s (matrix products instead of a loop).
-        owns = (own_image[:, None] == own_text[None]).float()  # [B, T]
-        by_image = by_image | (owns @ same.float() > 0)
-        has = (all_text[:, None] == all_image[None]).float()  # [S, N]
-        by_text = by_text | (same.float() @ has > 0)
+        # Image and text share words if any text of the image equals the text: add each text's row to its image's.
+        by_image = by_image.float().index_add(0, own_text - first, same.float()) > 0
+        by_text = by_text.float().index_add(1, all_text, same.float()) > 0
     return by_image, by_text

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from encoders.types import Batch
 from objectives import ItcConfig, ItmConfig
 from objectives.base import Draw, Embed, ModelSpec, Results
-from objectives.itc import contrastive
+from objectives.itc import contrastive, similarities
 
 SPEC = ModelSpec(
     vocabulary_size=9, text_width=4, pooled_width=4, decoder_width=None, embed_width=4, word_embedding=None
@@ -169,3 +169,12 @@ def test_masks_do_not_depend_on_ranks():
     two = make(range(0, 4), 0) | make(range(4, 8), 1)
     assert one == two
     assert len({tuple(x) for x in one.values()}) > 1
+
+
+def test_similarities_keep_their_precision_under_autocast():
+    left, right = (F.normalize(torch.randn(64, 32, generator=torch.Generator().manual_seed(i)), dim=-1) for i in (0, 1))
+    scale = torch.tensor([np.log(100.0)], dtype=torch.float32)
+    wanted = 100 * left.double() @ right.double().T
+    with torch.autocast("cpu", torch.bfloat16):
+        found = similarities(left, right, scale)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-4)
