@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -39,7 +39,8 @@ class Fuse:
     """Image and text fused, one row per pair -> :class:`Fused`.
 
     Without ``rows`` the pairs are the batch's own (each text with its image); with ``rows`` they are those that the
-    objective of that name gives. ``image=None`` or ``text=None`` runs the fusion with that side missing.
+    objective of that name gives. ``image=None`` or ``text=None`` runs the fusion with that side missing, on one row a
+    text or an image.
     """
 
     image: str | None = "clean"
@@ -166,7 +167,10 @@ class ViewText:
 class View(Protocol):
     """How a text view is made on the host from the tokenised caption: a small frozen, picklable object."""
 
-    attention: AttentionKind
+    @property
+    def attention(self) -> AttentionKind:
+        """How the view's tokens see each other."""
+        ...
 
     def make(self, ids: np.ndarray, word_starts: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
              ) -> ViewText:

@@ -228,6 +228,22 @@ def test_image_only_batch() -> None:
     assert fused.text is None and fused.image.states.shape == (4, model.vision.num_tokens, 32)
 
 
+def test_image_only_fuses_have_a_row_an_image() -> None:
+    model = unpaired_model().eval()
+    batch = replace(
+        tiny_batch(4),
+        images={"clean": Images(tiny_batch(3).images["clean"].pixels), "masked": masked_images(2)},
+        image_of_text=torch.tensor([0, 1, 1, 2]),
+    )
+    clean, masked = Fuse("clean", None), Fuse("masked", None)
+    together = model.run({clean, masked, Fuse()}, batch)
+    assert together[clean].pooled.shape[0] == 3 and together[masked].pooled.shape[0] == 2
+    for one in (clean, masked):
+        alone = model.run({one}, batch)[one]
+        torch.testing.assert_close(together[one].image.states, alone.image.states)
+        torch.testing.assert_close(together[one].pooled, alone.pooled)
+
+
 def test_text_only_batch() -> None:
     model = tiny_model("none", ("itc", "mlm"))
     batch = replace(tiny_batch(4), images={}, image_id=None)

@@ -7,7 +7,7 @@ Shapes: B images, T texts, M fused rows, N image tokens, L text length, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -102,7 +102,9 @@ class Step:
         projection = self.model.image_embed if name.modality == "image" else self.model.text_embed
         if projection is None:
             raise ValueError("this model has no contrastive embedding; pretrain it with objective itc")
-        return F.normalize(projection(self.results[Encode(name.modality, name.view)].pooled), dim=-1)
+        vectors = projection(self.results[Encode(name.modality, name.view)].pooled)
+        # Half precision would keep the norm, and with it every similarity, to three digits only.
+        return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
 
     def _attention(self, view: str | None) -> tuple[AttentionKind, Tensor | None]:
         text = None if view is None else self.batch.texts.get(view)
@@ -129,6 +131,8 @@ class Step:
                 self.results[one] = fused
 
     def _rows(self, name: Fuse) -> _RowIndex:
+        if name.text is None:
+            return _RowIndex(None, None)  # one row an image
         if name.rows is not None:
             rows = self.results.rows[name.rows]
             return _RowIndex(rows.image_index, rows.text_index)
@@ -140,25 +144,28 @@ class Step:
         parts: list[Tokens] = []
         prefixes: list[Tensor] = []
         indices: list[Tensor | None] = []
+        sizes: list[int] = []
         for one in group:
             rows = self._rows(one)
             if one.text is not None:
                 text = self._tower("text", one.text)
                 parts.append(text if rows.text is None else take(text, rows.text))
+                sizes.append(parts[-1].states.shape[0])
                 prefix = self.batch.texts[one.text].prefix
                 if kind == "prefix" and prefix is not None:
                     prefixes.append(prefix if rows.text is None else prefix[rows.text])
             if one.image is not None:
-                start = first[one.image]
-                indices.append(rows.image if rows.image is None or start == 0 else rows.image + start)
-                if rows.image is None and (len(group) > 1 or start > 0) and one.text is not None:
-                    indices[-1] = torch.arange(parts[-1].states.shape[0], device=parts[-1].states.device) + start
+                own = self._tower("image", one.image).states
+                if one.text is None:
+                    sizes.append(own.shape[0])
+                index = rows.image
+                if index is None and len(group) > 1:
+                    index = torch.arange(sizes[-1], device=own.device)
+                indices.append(None if index is None else index + first[one.image])
         text_rows = _concatenate(parts)
         index = None if not indices or indices[0] is None else torch.cat([i for i in indices if i is not None])
         fused = self.model.fusion(image, text_rows, index, kind, torch.cat(prefixes) if prefixes else None, layers=self.layers)
-        sizes = [part.states.shape[0] for part in parts] or [fused.pooled.shape[0]]
-        lengths = [part.states.shape[1] for part in parts]
-        return _split(fused, sizes, lengths)
+        return _split(fused, sizes, [part.states.shape[1] for part in parts] or [None] * len(sizes))
 
     def _stack_images(self, names: list[str]) -> tuple[Tokens | None, dict[str, int]]:
         """Lay the images of all views behind each other; return them and each view's first row."""
@@ -212,7 +219,7 @@ def _concatenate(parts: list[Tokens]) -> Tokens | None:
     return Tokens(states, keep, torch.cat([part.pooled for part in parts]))
 
 
-def _split(fused: Fused, sizes: list[int], lengths: list[int]) -> list[Fused]:
+def _split(fused: Fused, sizes: Sequence[int], lengths: Sequence[int | None]) -> list[Fused]:
     if len(sizes) == 1:
         return [fused]
     found, first = [], 0
