@@ -119,21 +119,30 @@ class TrainStep:
         return StepReport(scalars, rate, started, started + samples)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside the weights."""
+        """Return what a resumed run needs beside the weights; the optimizer's moments by parameter name."""
         average = None if self.average is None else self.average.state_dict()
-        return {"optimizer": self.optimizer.state_dict(), "average": average}
+        names = self._optimized()
+        moments = {names[number]: state for number, state in self.optimizer.state_dict()["state"].items()}
+        return {"optimizer": moments, "average": average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` gave.
+        """Take up what :meth:`state_dict` gave. The optimizer's settings stay those of this run's config.
 
         Raises:
             ValueError: only one of the two runs has a moving average.
         """
         if (self.average is None) != (state["average"] is None):
             raise ValueError(f"ema {self.config.ema} differs from the run that is resumed; keep its setting")
-        self.optimizer.load_state_dict(state["optimizer"])
+        own, moments = self.optimizer.state_dict(), state["optimizer"]
+        own["state"] = {number: moments[name] for number, name in enumerate(self._optimized()) if name in moments}
+        self.optimizer.load_state_dict(own)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
+
+    def _optimized(self) -> list[str]:
+        """Names of the optimizer's parameters, in the order in which its state counts them."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _precision(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()

@@ -113,6 +113,22 @@ def test_state_goes_on_exactly():
         without.load_state_dict(whole.state_dict())
 
 
+def test_changed_settings_of_the_optimizer_are_those_of_the_resumed_run():
+    before = TrainStep(tiny_model(), OptimConfig(weight_decay=0.02), seed=3, total=32)
+    before([tiny_batch(4)])
+    config = OptimConfig(weight_decay=0.5, betas=(0.8, 0.9), lr_scale={"fusion": 5.0})  # other groups, another order
+    after = TrainStep(tiny_model(), config, seed=3, total=32)
+    after.load_state_dict(before.state_dict())
+    groups = after.optimizer.param_groups
+    assert {(group["weight_decay"], group["betas"], group["lr_scale"]) for group in groups} == {
+        (decay, (0.8, 0.9), scale) for decay in (0.0, 0.5) for scale in (1.0, 5.0)
+    }
+    old, new = (dict(step.model.named_parameters()) for step in (before, after))
+    for name, parameter in new.items():
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(after.optimizer.state[parameter][key], before.optimizer.state[old[name]][key]), name
+
+
 def test_warmup_that_does_not_fit_fails_at_once():
     with pytest.raises(ValueError, match="warmup 50 is longer than the run of 20"):
         TrainStep(tiny_model(), OptimConfig(warmup=50), seed=0, total=20)
