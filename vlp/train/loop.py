@@ -134,7 +134,7 @@ def train(
                     for sentence in watch.look(seen, losses_of(record), record["wait_share"]):
                         logger.warning(sentence)
                 due = config.save_every is not None and seen // config.save_every > report.started // config.save_every
-                stopping = bool(agreed(stop.is_set(), device))
+                stopping = agreed(stop.is_set())
                 if due or last or stopping:
                     state.save(seen, meter.latest, meter.state())
                 if stopping and not last:
@@ -191,8 +191,10 @@ def wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Modu
                 module.compile()
     if world_size() == 1:
         return model
+    # Buffers are constants, or equal on all ranks because what fills them is gathered: there is nothing to broadcast.
+    device_ids = [device] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
     )
 
 
@@ -226,10 +228,9 @@ class Meter:
         self.steps, self.latest = state["steps"], state["latest"]
 
     def record(self) -> dict[str, Any]:
-        """Return the means since the last record, over all ranks, and begin anew. Synchronises with the device."""
+        """Return the means since the last record, the same on all ranks, and begin anew. Waits for the device."""
         names = sorted(self.sums)
-        total = sum_no_grad(torch.stack([self.sums[name].reshape(()).to(self.device) for name in names]))
-        means = (total / (self.steps * world_size())).tolist()
+        means = (torch.stack([self.sums[name].reshape(()) for name in names]) / self.steps).tolist()
         elapsed = time.perf_counter() - self.start
         self.latest = {
             "seen": self.seen,
@@ -259,9 +260,9 @@ def timed(steps: Iterator[Any], meter: Meter) -> Iterator[Any]:
         yield batches
 
 
-def agreed(stop: bool, device: torch.device) -> bool:
-    """Return whether any rank wants to stop, the same answer on all."""
-    return stop if world_size() == 1 else bool(sum_no_grad(torch.tensor(float(stop), device=device)).item())
+def agreed(stop: bool) -> bool:
+    """Return whether any rank wants to stop, the same on all; asked on the host, so no device is waited for."""
+    return stop if world_size() == 1 else bool(sum_no_grad(torch.tensor(float(stop))).item())
 
 
 @contextmanager
