@@ -199,7 +199,7 @@ def load_weights(
             for other in stored[1:]
             if not torch.equal(given[other], tensor)
         ]
-        if tensor.shape != wanted.shape and (fitted := _resize(model, first, tensor, wanted)) is not None:
+        if tensor.shape != wanted.shape and (fitted := _resize(first, tensor, wanted)) is not None:
             tensor = fitted
             resized.append(first)
         if tensor.shape != wanted.shape:
@@ -241,7 +241,7 @@ def _pattern(names: list[str]) -> str:
     return ".".join([*common, "*"])
 
 
-def _resize(model: nn.Module, name: str, stored: Tensor, wanted: Tensor) -> Tensor | None:
+def _resize(name: str, stored: Tensor, wanted: Tensor) -> Tensor | None:
     """Position embedding [1, prefix + n * n, D] of a ViT at another image size; None where it is something else."""
     if name != "vision.vit.pos_embed" or stored.dim() != 3 or stored.shape[2] != wanted.shape[2]:
         return None
