@@ -82,7 +82,14 @@ class Itm(Objective):
 
     @torch.no_grad()
     def rows(self, results: Results, batch: Batch, draw: Draw) -> dict[str, Rows]:
-        """Return this step's false pairs (scheme "both": T false images, then T false texts)."""
+        """Return this step's false pairs (scheme "both": T false images, then T false texts).
+
+        Raises:
+            ValueError: a text has several images, of which no single one could be replaced.
+        """
+        if batch.image_of_text is not None and batch.image_of_text.dim() > 1:
+            number = batch.image_of_text.shape[1]
+            raise ValueError(f"objective itm matches a text with one image, but the data have {number} a text; remove itm")
         device = next(iter(batch.texts.values())).ids.device
         own = image_of_text(batch, device)  # [T]
         by_image, by_text = true_pairs(batch, self.config.exclude, device, everywhere=False)
