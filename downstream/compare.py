@@ -20,7 +20,8 @@ from downstream.evaluate import EvaluateConfig, evaluate, open_data
 from downstream.retrieval import RetrievalConfig
 from objectives.collectives import rank
 from vlp.checkpoint.load import load
-from vlp.config import slots, to_yaml
+from encoders.text import BesideConfig
+from vlp.config import to_yaml
 from vlp.fusion.dual import DualStreamConfig
 from vlp.fusion.single import SingleStreamConfig
 from vlp.model import parameters_by_part
@@ -51,18 +52,14 @@ class Row:
 
 def each_fusion(run: RunConfig) -> dict[str, RunConfig]:
     """Return the run with each fusion in place of its own, which gives them the settings that they know."""
-    own = run.model.fusion.model_dump(
-        exclude={"kind", "attention", "pooler", "images", "init", "init_layer", "project"}
-    )
-    kinds = {
-        "single_stream": SingleStreamConfig,
-        "cross": DualStreamConfig,
-        "co": DualStreamConfig,
+    own = run.model.fusion.model_dump(include=set(BesideConfig.model_fields) - {"init"})
+    fusions = {
+        "single_stream": SingleStreamConfig(**own),
+        "cross": DualStreamConfig(**own, attention="cross"),
+        "co": DualStreamConfig(**own, attention="co"),
     }
     found = {}
-    for name, cls in kinds.items():
-        settings = {field: value for field, value in own.items() if field in slots(cls)}
-        fusion = cls(**settings, **({} if cls is SingleStreamConfig else {"attention": name}))
+    for name, fusion in fusions.items():
         found[name] = run.model_copy(update={"model": run.model.model_copy(update={"fusion": fusion})})
     return found
 

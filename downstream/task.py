@@ -17,7 +17,7 @@ import torch.distributed as dist
 from pydantic import Field
 
 from encoders import TextConfig
-from encoders.text import StackConfig
+from encoders.text import BesideConfig
 from encoders.types import Batch
 from objectives import ObjectiveConfig
 from objectives.collectives import rank, world_size
@@ -200,9 +200,8 @@ def decoder_beside(model: ModelConfig) -> DecoderConfig:
         raise ValueError(
             f"a decoder needs model.text.kind text, but the checkpoint has {text.kind}; pretrain with kind text"
         )
-    stack: StackConfig = fusion if isinstance(fusion, StackConfig) and fusion.width == text.width else text
-    sizes = {name: getattr(stack, name) for name in StackConfig.model_fields if name != "init"}
-    return DecoderConfig(**sizes | {"layers": stack.layers or 6})
+    follows_fusion = isinstance(fusion, BesideConfig) and fusion.width == text.width
+    return DecoderConfig().beside(fusion.stack if follows_fusion else text)
 
 
 def groups(items: Iterator[T], size: int) -> Iterator[list[T]]:

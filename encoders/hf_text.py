@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from encoders.text import pool
+from encoders.text import StackConfig, pool
 from encoders.types import Texts, Tokens
 from vlp.config import Config
 
@@ -61,6 +61,15 @@ class HfTextEncoder(nn.Module):
         if getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None  # nobody reads it, and it would have no gradient
         self.width: int = theirs.hidden_size
+
+    @property
+    def stack(self) -> StackConfig:
+        """Sizes that fusion and decoder follow; a width that its config does not name in BERT's way gives BERT's rest."""
+        theirs = self.model.config
+        heads = getattr(theirs, "num_attention_heads", max(1, self.width // 64))
+        layers, eps = getattr(theirs, "num_hidden_layers", 12), getattr(theirs, "layer_norm_eps", 1e-12)
+        hidden = getattr(theirs, "intermediate_size", None)
+        return StackConfig(width=self.width, layers=layers, heads=heads, hidden=hidden, eps=eps)
 
     @property
     def word_embedding(self) -> nn.Parameter:

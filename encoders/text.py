@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,44 @@ class StackConfig(Config):
         """Build one block of these sizes."""
         return Block(self.width, self.heads, self.hidden or 4 * self.width, norm=self.norm, cross_width=cross_width,
                      activation=self.activation, eps=self.eps, dropout=self.dropout)
+
+
+class BesideConfig(Config):
+    """Sizes of a stack beside the text encoder; what is not stated is the text encoder's own."""
+
+    width: int | None = None
+    """Width of the states; none = the text encoder's."""
+    layers: int | None = None
+    """Transformer blocks; none = as many as the text encoder has."""
+    heads: int | None = None
+    """Attention heads; none = the text encoder's."""
+    hidden: int | None = None
+    """Width inside the feed-forward; none = the text encoder's, or 4 x width where the widths differ."""
+    norm: Literal["pre", "post"] | None = None
+    """Layer norm before (ViT) or after (BERT) each residual branch; none = as the text encoder."""
+    activation: Activation | None = None
+    """Activation of the feed-forward; none = the text encoder's."""
+    eps: float | None = None
+    """Epsilon of the layer norms; none = the text encoder's."""
+    dropout: float | None = None
+    """Dropout after each branch and on attention weights; none = the text encoder's."""
+    init: str | None = None
+    """Folder or hub id of a transformers BERT or RoBERTa whose layers fill this stack."""
+
+    def beside(self, text: StackConfig) -> Self:
+        """Return the config with every size stated."""
+        sizes = {name: getattr(text, name) for name in StackConfig.model_fields if name != "init"}
+        if self.width not in (None, text.width):
+            sizes["hidden"] = None
+        if sizes["layers"] == 0:
+            sizes["layers"] = StackConfig.model_fields["layers"].default  # bare embeddings: the fusion is the tower
+        return self.model_copy(update={name: size for name, size in sizes.items() if getattr(self, name) is None})
+
+    @property
+    def stack(self) -> StackConfig:
+        """The sizes; those that neither it nor ``beside`` states are BERT's."""
+        stated = {name: getattr(self, name) for name in StackConfig.model_fields}
+        return StackConfig(**{name: size for name, size in stated.items() if size is not None})
 
 
 class TextConfig(StackConfig):
@@ -109,6 +147,11 @@ class TextEncoder(nn.Module):
         self.blocks = nn.ModuleList(config.block() for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width, config.eps) if config.norm == "pre" and config.layers else nn.Identity()
         initialise(self)
+
+    @property
+    def stack(self) -> StackConfig:
+        """Sizes that fusion and decoder follow."""
+        return self.config
 
     @property
     def word_embedding(self) -> nn.Parameter:

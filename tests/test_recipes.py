@@ -34,7 +34,7 @@ SMALL: dict[str, Callable[[Any], Any]] = {
     "width": lambda value: 32,
     "heads": lambda value: 4,
     "hidden": lambda value: None if value is None else 64,
-    "layers": lambda value: min(value, 2),
+    "layers": lambda value: None if value is None else min(value, 2),
     "depth": lambda value: 2 if value is None else min(value, 2),
     "init": lambda value: None,
     "pretrained": lambda value: False,

@@ -11,18 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from encoders.layers import Cache, attention_mask, initialise
-from encoders.text import StackConfig, TextConfig, TextEmbeddings, TextEncoder, load_bert, run_cached
+from encoders.text import BesideConfig, StackConfig, TextEmbeddings, TextEncoder, load_bert, run_cached
 from encoders.types import Texts, Tokens
 from vlp.fusion import Fusion
 from vlp.fusion.dual import DualStream
 
 
-class DecoderConfig(StackConfig):
+class DecoderConfig(BesideConfig):
     """A causal stack with cross-attention in every block."""
 
     kind: Literal["causal"] = "causal"
-    layers: int = 6
-    """Transformer blocks."""
     share: Literal["none", "embeddings", "all_but_self_attention"] = "embeddings"
     """What it shares: nothing; the text encoder's embeddings; all but self-attention with the cross-attention fusion
     (BLIP: cross-attention and feed-forward of layer n are the fusion's)."""
@@ -45,21 +43,22 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DecoderConfig, memory_width: int, text: nn.Module, fusion: Fusion | None) -> None:
         super().__init__()
-        self.config, self.width = config, config.width
-        self.embeddings = _embeddings(config, text)
-        blocks = [config.block(memory_width) for _ in range(config.layers)]
+        self.config, stack = config, config.stack
+        self.width = stack.width
+        self.embeddings = _embeddings(config.share, stack, text)
+        blocks = [stack.block(memory_width) for _ in range(stack.layers)]
         for block in blocks:
             initialise(block)
         if config.share == "all_but_self_attention":
-            if not (isinstance(fusion, DualStream) and not fusion.co and len(fusion.blocks) == config.layers
-                    and fusion.config.width == config.width):
+            if not (isinstance(fusion, DualStream) and not fusion.co and len(fusion.blocks) == stack.layers
+                    and fusion.text_width == stack.width):
                 raise ValueError("model.decoder.share all_but_self_attention needs model.fusion dual_stream with attention "
-                                 f"cross, {config.layers} layers and width {config.width}; change it or share embeddings")
+                                 f"cross, {stack.layers} layers and width {stack.width}; change it or share embeddings")
             for block, theirs in zip(blocks, fusion.blocks, strict=True):
                 for name in ("cross", "cross_norm", "feed", "feed_norm"):
                     setattr(block, name, getattr(theirs, name))
         self.blocks = nn.ModuleList(blocks)
-        self.final_norm = nn.LayerNorm(config.width, config.eps) if config.norm == "pre" else nn.Identity()
+        self.final_norm = nn.LayerNorm(stack.width, stack.eps) if stack.norm == "pre" else nn.Identity()
 
     def load_pretrained(self) -> None:
         """Fill the blocks from ``config.init``, where the recipe names one."""
@@ -103,14 +102,16 @@ def _rows(keep: Tensor | None, index: Tensor | None) -> Tensor | None:
     return keep if keep is None or index is None else keep.index_select(0, index)
 
 
-def _embeddings(config: DecoderConfig, text: nn.Module) -> TextEmbeddings:
+def _embeddings(share: str, stack: StackConfig, text: nn.Module) -> TextEmbeddings:
     if not isinstance(text, TextEncoder):
         raise ValueError("model.decoder needs model.text.kind text, whose vocabulary and embeddings it takes")
-    if config.share == "none":
-        own = TextEmbeddings(TextConfig(**(text.config.model_dump() | {"width": config.width, "eps": config.eps})))
+    if share == "none":
+        own = TextEmbeddings(text.config.model_copy(update={"width": stack.width, "eps": stack.eps}))
         initialise(own)
         return own
-    if text.config.width != config.width:
-        raise ValueError(f"model.decoder.share {config.share} needs model.decoder.width {text.config.width}, the text encoder's; "
-                         f"it is {config.width}")
+    if text.config.width != stack.width:
+        raise ValueError(
+            f"model.decoder.share {share} needs model.decoder.width {text.config.width}, the text encoder's; "
+            f"it is {stack.width}"
+        )
     return text.embeddings

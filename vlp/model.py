@@ -99,7 +99,8 @@ class Model(nn.Module):
         with part_seed(seed, "fusion"):
             self.fusion: Fusion | None = None
             if not isinstance(config.fusion, NoFusionConfig):
-                self.fusion = config.fusion.build(self.vision.width, self.text.width, reads_pooled)
+                fusion = config.fusion.beside(self.text.stack)
+                self.fusion = fusion.build(self.vision.width, self.text.width, reads_pooled)
         with part_seed(seed, "decoder"):
             self.decoder = self._build_decoder(config)
         with part_seed(seed, "embed"):
@@ -112,7 +113,8 @@ class Model(nn.Module):
         self.objectives = nn.ModuleDict(built)
         self.weights = {name: one.weight for name, one in objectives.items()}
         self.objective_configs = dict(objectives)
-        self.config = config.model_copy(update={"vision": self.vision.config, "text": self.text.config})
+        parts = {"vision": self.vision, "text": self.text, "fusion": self.fusion, "decoder": self.decoder}
+        self.config = config.model_copy(update={name: part.config for name, part in parts.items() if part is not None})
         self._check(config)
 
     def _build_decoder(self, config: ModelConfig) -> Decoder | None:
@@ -122,7 +124,7 @@ class Model(nn.Module):
         memory_width = self.vision.width
         if config.decoder.memory == "text":
             memory_width = fused_width or self.text.width
-        return config.decoder.build(memory_width, self.text, self.fusion)
+        return config.decoder.beside(self.text.stack).build(memory_width, self.text, self.fusion)
 
     def _build_embed(self, config: EmbedConfig, trains: bool) -> None:
         self.image_embed = self.text_embed = self.logit_scale = None

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from encoders.layers import attention_mask, initialise
-from encoders.text import StackConfig, load_bert
+from encoders.text import BesideConfig, load_bert
 from encoders.types import AttentionKind, Tokens
 from objectives.base import Fused
 from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images
 
 
-class DualStreamConfig(StackConfig):
+class DualStreamConfig(BesideConfig):
     """Two streams that meet in cross-attention."""
 
     kind: Literal["dual_stream"] = "dual_stream"
     attention: Literal["cross", "co"] = "cross"
     """`cross`: text queries image. `co`: each queries the other."""
-    layers: int = 6
-    """Blocks of each stream (`cross` has only the text's)."""
+    layers: int | None = None
+    """Blocks of each stream (`cross` has only the text's); none = as many as the text encoder has."""
     modality_embedding: bool = False
     """Add a learned vector to each stream before its first block (METER)."""
     project: bool = False
@@ -52,8 +52,8 @@ class DualStream(nn.Module):
 
     def __init__(self, config: DualStreamConfig, image_width: int, text_width: int, pooled: bool) -> None:
         super().__init__()
-        self.config, self.co = config, config.attention == "co"
-        self.text_width = width = config.width
+        self.config, self.co, stack = config, config.attention == "co", config.stack
+        self.text_width = width = stack.width
         linear = config.project or text_width != width
         self.text_project = nn.Linear(text_width, width) if linear else nn.Identity()
         # Without `project`, cross-attention maps the image's own width to keys and values by itself.
@@ -62,9 +62,9 @@ class DualStream(nn.Module):
         memory_width = width if linear else image_width
         self.modality = nn.Embedding(2, width) if config.modality_embedding else None
         self.order = nn.Parameter(torch.zeros(2, memory_width)) if config.images == "pair" else None
-        self.blocks = nn.ModuleList(config.block(memory_width) for _ in range(config.layers))
-        pre = config.norm == "pre"
-        self.final_norm = nn.LayerNorm(width, config.eps) if pre else nn.Identity()
+        self.blocks = nn.ModuleList(stack.block(memory_width) for _ in range(stack.layers))
+        pre = stack.norm == "pre"
+        self.final_norm = nn.LayerNorm(width, stack.eps) if pre else nn.Identity()
         self.pooler = Pooler(config.pooler, width, width) if pooled else None
         self.pooled_width = self.pooler.width if self.pooler else None
         reads_image = self.pooler is not None and self.pooler.reads_image
@@ -72,8 +72,8 @@ class DualStream(nn.Module):
             raise ValueError(f"model.fusion.pooler {config.pooler} reads the image stream, which attention cross leaves as "
                              "it is; use pooler cls or tanh, or attention co")
         # The last image block is worth having only if someone reads its output.
-        self.image_blocks = nn.ModuleList(config.block(width) for _ in range(config.layers - (not reads_image) if self.co else 0))
-        self.image_norm = nn.LayerNorm(width, config.eps) if pre and reads_image else nn.Identity()
+        self.image_blocks = nn.ModuleList(stack.block(width) for _ in range(stack.layers - (not reads_image) if self.co else 0))
+        self.image_norm = nn.LayerNorm(width, stack.eps) if pre and reads_image else nn.Identity()
         for part in self.children():
             if not isinstance(part, Pooler):
                 initialise(part)

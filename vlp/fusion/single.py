@@ -12,18 +12,16 @@ from torch import Tensor, nn
 
 from encoders.layers import attention_mask, initialise
 from encoders.patch import load_vit
-from encoders.text import StackConfig, load_bert
+from encoders.text import BesideConfig, load_bert
 from encoders.types import AttentionKind, Tokens
 from objectives.base import Fused
 from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images
 
 
-class SingleStreamConfig(StackConfig):
+class SingleStreamConfig(BesideConfig):
     """Concatenation, then one stack with shared weights."""
 
     kind: Literal["single_stream"] = "single_stream"
-    layers: int = 12
-    """Transformer blocks."""
     modality_embedding: bool = True
     """Add a learned vector that tells image from text tokens."""
     pooler: PoolerKind = "tanh"
@@ -45,14 +43,14 @@ class SingleStream(nn.Module):
 
     def __init__(self, config: SingleStreamConfig, image_width: int, text_width: int, pooled: bool) -> None:
         super().__init__()
-        self.config = config
-        self.text_width = width = config.width
+        self.config, stack = config, config.stack
+        self.text_width = width = stack.width
         self.image_project = nn.Linear(image_width, width) if image_width != width else nn.Identity()
         self.text_project = nn.Linear(text_width, width) if text_width != width else nn.Identity()
         self.modality = nn.Embedding(2, width) if config.modality_embedding else None
         self.order = nn.Parameter(torch.zeros(2, width)) if config.images == "pair" else None
-        self.blocks = nn.ModuleList(config.block() for _ in range(config.layers))
-        self.final_norm = nn.LayerNorm(width, config.eps) if config.norm == "pre" else nn.Identity()
+        self.blocks = nn.ModuleList(stack.block() for _ in range(stack.layers))
+        self.final_norm = nn.LayerNorm(width, stack.eps) if stack.norm == "pre" else nn.Identity()
         initialise(self)
         self.pooler = Pooler(config.pooler, width, width) if pooled else None
         self.pooled_width = self.pooler.width if self.pooler else None
