@@ -89,7 +89,7 @@ class Itm(Objective):
         """
         if batch.image_of_text is not None and batch.image_of_text.dim() > 1:
             number = batch.image_of_text.shape[1]
-            raise ValueError(f"objective itm matches a text with one image, but the data have {number} a text; remove itm")
+            raise ValueError(f"objective itm matches a text with one image, but here a text has {number}; remove itm")
         device = next(iter(batch.texts.values())).ids.device
         own = image_of_text(batch, device)  # [T]
         by_image, by_text = true_pairs(batch, self.config.exclude, device, everywhere=False)

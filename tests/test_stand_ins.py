@@ -132,7 +132,7 @@ def row(batch: Batch, rows: list[int]):
 
 def test_matching_refuses_two_images() -> None:
     batch = replace(tiny_batch(4), image_of_text=torch.tensor([[0, 1], [2, 3], [3, 0], [1, 1]]))
-    with pytest.raises(ValueError, match="itm matches a text with one image, but the data have 2"):
+    with pytest.raises(ValueError, match="itm matches a text with one image, but here a text has 2"):
         tiny_model("single_stream", ("itm",)).losses(batch, Draw(0))
 
 
