@@ -246,6 +246,9 @@ def test_fusion_cannot_see_the_future(name: str, kind: Any) -> None:
     earlier.states[:, 2] += 1
     reads = not torch.equal(fusion(image, earlier, None, kind, prefix).text.states[:, 0], before.text.states[:, 0])
     assert reads == (kind == "prefix"), "within the prefix, and only there, tokens see what follows"
+    if before.image is not None:
+        reads = not torch.equal(fusion(image, earlier, None, kind, prefix).image.states, before.image.states)
+        assert reads == (kind == "prefix"), "the image is part of the prefix, whose tokens all see each other"
 
 
 @pytest.mark.parametrize("name", [name for name in FUSIONS if name.startswith("co")])

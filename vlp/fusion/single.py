@@ -68,7 +68,8 @@ class SingleStream(nn.Module):
                 attention: AttentionKind = "full", prefix: Tensor | None = None, layers: bool = False) -> Fused:
         """Image states [B, N, D] at rows ``image_index`` with text states [M, L, D] -> Fused of M rows.
 
-        Under "causal" and "prefix" attention, image tokens see image tokens only, text tokens see all image tokens.
+        Under "causal" and "prefix" attention all tokens see the image and the text's prefix, and text tokens the words
+        before them (PrefixLM, Wang et al. 2022, SimVLM, section 3.1).
         """
         parts: list[Tensor] = []
         keeps: list[Tensor] = []
@@ -102,11 +103,7 @@ class SingleStream(nn.Module):
         if attention == "prefix":
             assert prefix is not None
             length = length + prefix
-        mask = attention_mask(keep, "prefix", length)
-        assert mask is not None
-        # With a text prefix, image tokens must not see the text either way: their keys stop at the image.
-        at = torch.arange(keep.shape[1], device=keep.device)
-        return mask & ~((at[:, None] < num_image) & (at[None, :] >= num_image))
+        return attention_mask(keep, "prefix", length)
 
     def _split(self, states: Tensor, keep: Tensor, num_image: int, has_image: bool, has_text: bool,
                every: tuple[Tensor, ...] | None) -> Fused:
