@@ -130,6 +130,24 @@ def row(batch: Batch, rows: list[int]):
     return replace(text, ids=text.ids[rows], keep=text.keep[rows])
 
 
+@pytest.mark.parametrize("fusion", ["single_stream", "cross", "co"])
+def test_patches_left_out_of_two_images_are_not_read(fusion: str) -> None:
+    model, batch = two_images(fusion)
+    model = tiny_model(model.config.fusion, ("itm", "lm")).eval()
+    keep = (torch.arange(4 * (PIXELS // 4) ** 2).view(4, -1) % 3) > 0
+    pixels = batch.images["clean"].pixels
+    hidden = ~keep.view(4, 1, PIXELS // 4, PIXELS // 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    batch = replace(batch, texts=tiny_batch(4).texts)
+    passes = {Fuse(), Decode(Encode("image"))}
+    before, after = (
+        model.run(passes, replace(batch, images={"clean": Images(one, keep)}))
+        for one in (pixels, torch.where(hidden, 0, pixels))
+    )
+    torch.testing.assert_close(before[Fuse()].pooled, after[Fuse()].pooled)
+    decoded = Decode(Encode("image"))
+    torch.testing.assert_close(before[decoded].states, after[decoded].states)
+
+
 def test_matching_refuses_two_images() -> None:
     batch = replace(tiny_batch(4), image_of_text=torch.tensor([[0, 1], [2, 3], [3, 0], [1, 1]]))
     with pytest.raises(ValueError, match="itm matches a text with one image, but here a text has 2"):

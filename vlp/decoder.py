@@ -15,6 +15,7 @@ from encoders.text import BesideConfig, StackConfig, TextEmbeddings, TextEncoder
 from encoders.types import Texts, Tokens
 from vlp.fusion import Fusion
 from vlp.fusion.dual import DualStream
+from vlp.fusion.pooler import gather_keep
 
 
 class DecoderConfig(BesideConfig):
@@ -70,7 +71,7 @@ class Decoder(nn.Module):
         mask = attention_mask(texts.keep, "causal" if texts.attention == "full" else texts.attention, texts.prefix)
         states = self.embeddings(texts)
         every = [states]
-        memory_mask = attention_mask(_rows(memory.keep, memory_index))
+        memory_mask = attention_mask(gather_keep(memory.keep, memory_index))
         for block in self.blocks:
             states = block(states, mask, memory=memory.states, memory_index=memory_index, memory_mask=memory_mask)
             every.append(states)
@@ -92,14 +93,10 @@ class Decoder(nn.Module):
         states = self.embeddings(Texts(ids, torch.ones_like(ids, dtype=torch.bool)), first)
         mask = attention_mask(None, "causal", length=length, device=ids.device)
         assert mask is not None
-        memory_mask = attention_mask(_rows(memory.keep, memory_index))
+        memory_mask = attention_mask(gather_keep(memory.keep, memory_index))
         states = run_cached(self.blocks, caches, states, mask[:, :, first:], memory=memory.states, memory_index=memory_index,
                             memory_mask=memory_mask)
         return self.final_norm(states)
-
-
-def _rows(keep: Tensor | None, index: Tensor | None) -> Tensor | None:
-    return keep if keep is None or index is None else keep.index_select(0, index)
 
 
 def _embeddings(share: str, stack: StackConfig, text: nn.Module) -> TextEmbeddings:

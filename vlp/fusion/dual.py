@@ -16,7 +16,7 @@ from encoders.layers import attention_mask, initialise
 from encoders.text import BesideConfig, load_bert
 from encoders.types import AttentionKind, Tokens
 from objectives.base import Fused
-from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images
+from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images, gather_keep
 
 
 class DualStreamConfig(BesideConfig):
@@ -124,9 +124,7 @@ class DualStream(nn.Module):
         if self.order is not None:
             memory, keep = gather_images(memory, keep, index)
             memory, index = add_order(memory, index, self.order), None
-        if keep is not None:
-            keep = gather_images(memory, keep, index)[1]
-        memory_mask = attention_mask(keep)
+        memory_mask = attention_mask(gather_keep(keep, index))
         every = [states]
         for block in self.blocks:
             states = block(states, mask, memory=memory, memory_index=index, memory_mask=memory_mask)

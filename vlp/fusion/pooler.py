@@ -54,11 +54,18 @@ class Pooler(nn.Module):
 
 def gather_images(states: Tensor, keep: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Lay each row's image tokens out: states [B, N, D] -> [M, N, D], or [M, I * N, D] for an index [M, I]."""
+    return _lay_out(states, index), gather_keep(keep, index)
+
+
+def gather_keep(keep: Tensor | None, index: Tensor | None) -> Tensor | None:
+    """Lay each row's mask out: [B, N] -> [M, N], or [M, I * N] for an index [M, I]."""
+    return None if keep is None else _lay_out(keep, index)
+
+
+def _lay_out(x: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
-        return states, keep
-    if index.dim() == 1:
-        return states.index_select(0, index), None if keep is None else keep.index_select(0, index)
-    return states[index].flatten(1, 2), None if keep is None else keep[index].flatten(1, 2)
+        return x
+    return x.index_select(0, index) if index.dim() == 1 else x[index].flatten(1, 2)
 
 
 def add_order(states: Tensor, index: Tensor | None, order: nn.Parameter | None) -> Tensor:
