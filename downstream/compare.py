@@ -18,13 +18,13 @@ from rich.table import Table
 
 from downstream.evaluate import EvaluateConfig, evaluate, open_data
 from downstream.retrieval import RetrievalConfig
+from encoders.text import BesideConfig
 from objectives.collectives import rank
 from vlp.checkpoint.load import load
-from encoders.text import BesideConfig
 from vlp.config import to_yaml
 from vlp.fusion.dual import DualStreamConfig
 from vlp.fusion.single import SingleStreamConfig
-from vlp.model import parameters_by_part
+from vlp.parts import parameters_by_part
 from vlp.pretrain import leaves, pretrain, resume
 from vlp.run import RunConfig
 from vlp.train.log import read_metrics

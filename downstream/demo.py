@@ -61,7 +61,7 @@ class DemoConfig(Config):
     """Pretraining recipe."""
     pretrain: int = Field(default=100_000, ge=256)
     """Samples of pretraining; the recipe's ramps are stretched with it."""
-    vqa: int = Field(default=60_000, ge=0)
+    vqa: int = Field(default=90_000, ge=0)
     """Samples of VQA finetuning, 0 = leave VQA out."""
     captioning: int = Field(default=20_000, ge=0)
     """Samples of captioning finetuning, 0 = leave captioning out."""
@@ -113,8 +113,7 @@ def demo(config: DemoConfig, folder: Path, device: torch.device, *, command: str
     chances = chance_levels(objectives, run.train.global_batch)
     return Report(
         title="vlp demo",
-        lead="A model of {:.1f} million parameters, pretrained on emoji in two drawing styles and tested on a third that it "
-        "never saw.".format(sum(p.numel() for p in loaded.model.parameters()) / 1e6),
+        lead=lead(loaded),
         facts=facts(config, run, trained - start, end - start, command),
         rows=rows,
         splits=SPLITS,
@@ -123,6 +122,16 @@ def demo(config: DemoConfig, folder: Path, device: torch.device, *, command: str
         questions=questions,
         captions=captions,
         notes=notes(results.values(), config.smoke),
+    )
+
+
+def lead(loaded: Loaded) -> str:
+    """Return what the report is about, in a paragraph."""
+    million = sum(p.numel() for p in loaded.model.parameters()) / 1e6
+    return (
+        f"A model of {million:.1f} million parameters learned from emoji in two drawing styles and their names. It then "
+        "looks for emoji by name, and for names by emoji, in a third style that it never saw; it learns to answer "
+        "questions about coloured shapes, and to write the names."
     )
 
 
@@ -158,15 +167,19 @@ def score(loaded: Loaded, task: AnyTask, data: Mapping[str, Any], folder: Path) 
     return evaluate(EvaluateConfig(task=task, checkpoint="demo", data=mine), loaded, folder)
 
 
-def tune(config: DemoConfig, loaded: Loaded, checkpoint: Path, task: str, folder: Path, device: torch.device, command: str
-         ) -> Result:
+def tune(
+    config: DemoConfig, loaded: Loaded, checkpoint: Path, task: str, folder: Path, device: torch.device, command: str
+) -> Result:
     """Finetune by the recipe `finetune/demo_TASK`; return the score after."""
     samples = config.vqa if task == "vqa" else config.captioning
     layers = load_recipe(f"demo_{task}", group="finetune")
     base = checkpoint_layer(loaded.config)
     recipe = build(FinetuneConfig, base, *layers)
     warmup = round(recipe.train.optim.warmup * samples / recipe.train.samples)
-    settings = {"init": str(checkpoint), "train": {"samples": samples, "seed": config.seed, "optim": {"warmup": warmup}}}
+    settings = {
+        "init": str(checkpoint),
+        "train": {"samples": samples, "seed": config.seed, "optim": {"warmup": warmup}},
+    }
     run = build(FinetuneConfig, base, *layers, Layer(settings, "demo"))
     done = finetune(run, loaded, folder / task, device, command=command)
     if done.after is None:
@@ -186,7 +199,9 @@ def retrieval_rows(cell: str, result: Result) -> list[Row]:
                 floor = {"chance": result.floors["chance"][key]}
                 first = direction == "t2i" and scoring == ITC and k == 1 and cell == next(iter(CELLS))
                 said = "of emoji in a style never seen are found first by their name" if first else ""
-                found.append(Row(f"Retrieval, {name}", cell, f"R@{k}", result.metrics[key], floor, method=scoring, headline=said))
+                found.append(
+                    Row(f"Retrieval, {name}", cell, f"R@{k}", result.metrics[key], floor, method=scoring, headline=said)
+                )
     return found
 
 
@@ -246,7 +261,10 @@ def spread(items: Sequence[Any], number: int = SHOWN) -> list[Any]:
 def gallery(result: Result, spec: str, split: str) -> list[Query]:
     """Text queries with the images found for them."""
     rows = spread([row for row in result.predictions if row["direction"] == "t2i"])
-    shown = images_of(open_reader(spec, where={"split": split}), {key_of(key) for row in rows for key in [*row["found"], *row["true"]]})
+    shown = images_of(
+        open_reader(spec, where={"split": split}),
+        {key_of(key) for row in rows for key in [*row["found"], *row["true"]]},
+    )
     names = {row["image"]: row["text"] for row in result.predictions if row["direction"] == "t2i"}
     queries = []
     for row in rows:
@@ -268,7 +286,14 @@ def question_examples(result: Result, reader: Reader) -> list[Question]:
     rows = spread(result.predictions)
     shown = images_of(reader, {row["key"] for row in rows})
     return [
-        Question(shown[row["key"]], row["question"], row["answers"][0], row["answer"], row["accuracy"] == 1.0, row["probability"])
+        Question(
+            shown[row["key"]],
+            row["question"],
+            row["answers"][0],
+            row["answer"],
+            row["accuracy"] == 1.0,
+            row["probability"],
+        )
         for row in rows
     ]
 
@@ -278,5 +303,3 @@ def caption_examples(result: Result, reader: Reader) -> list[Caption]:
     rows = spread(result.predictions)
     shown = images_of(reader, {row["key"] for row in rows})
     return [Caption(shown[row["key"]], row["caption"], row["references"]) for row in rows]
-
-

@@ -200,8 +200,9 @@ def decoder_beside(model: ModelConfig) -> DecoderConfig:
         raise ValueError(
             f"a decoder needs model.text.kind text, but the checkpoint has {text.kind}; pretrain with kind text"
         )
-    follows_fusion = isinstance(fusion, BesideConfig) and fusion.width == text.width
-    return DecoderConfig().beside(fusion.stack if follows_fusion else text)
+    if isinstance(fusion, BesideConfig) and fusion.width == text.width:
+        return DecoderConfig().beside(fusion.stack)
+    return DecoderConfig().beside(text)
 
 
 def groups(items: Iterator[T], size: int) -> Iterator[list[T]]:

@@ -56,7 +56,9 @@ class HfTextEncoder(nn.Module):
             except OSError as error:
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"model.text.model: no transformers config at {config.model!r}: {reason}") from error
-        self.config = config.model_copy(update={"architecture": theirs.to_diff_dict() | {"model_type": theirs.model_type}})
+        self.config = config.model_copy(
+            update={"architecture": theirs.to_diff_dict() | {"model_type": theirs.model_type}}
+        )
         self.model: Any = AutoModel.from_config(theirs, dtype=torch.float32)
         if getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None  # nobody reads it, and it would have no gradient
@@ -64,7 +66,7 @@ class HfTextEncoder(nn.Module):
 
     @property
     def stack(self) -> StackConfig:
-        """Sizes that fusion and decoder follow; a width that its config does not name in BERT's way gives BERT's rest."""
+        """Sizes that fusion and decoder follow; what its config does not name in BERT's way is BERT's."""
         theirs = self.model.config
         heads = getattr(theirs, "num_attention_heads", max(1, self.width // 64))
         layers, eps = getattr(theirs, "num_hidden_layers", 12), getattr(theirs, "layer_norm_eps", 1e-12)
@@ -82,7 +84,9 @@ class HfTextEncoder(nn.Module):
 
         if self.config.pretrained:
             weights = AutoModel.from_pretrained(self.config.model, dtype=torch.float32).state_dict()
-            self.model.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")})
+            self.model.load_state_dict(
+                {name: tensor for name, tensor in weights.items() if not name.startswith("pooler.")}
+            )
 
     def forward(self, texts: Texts, layers: bool = False) -> Tokens:
         """Texts -> Tokens, states [T, L, D].
@@ -91,10 +95,18 @@ class HfTextEncoder(nn.Module):
             ValueError: the view is not read with full attention (this encoder would leak the future).
         """
         if texts.attention != "full":
-            raise ValueError(f"model.text.kind hf_text reads full attention only, not a {texts.attention} view; "
-                             "use model.text.kind text")
+            raise ValueError(
+                f"model.text.kind hf_text reads full attention only, not a {texts.attention} view; "
+                "use model.text.kind text"
+            )
         given = {"token_type_ids": texts.segments, "position_ids": texts.positions}
-        found = self.model(input_ids=texts.ids, attention_mask=texts.keep.long(), output_hidden_states=layers,
-                           **{name: value for name, value in given.items() if value is not None})
+        found = self.model(
+            input_ids=texts.ids,
+            attention_mask=texts.keep.long(),
+            output_hidden_states=layers,
+            **{name: value for name, value in given.items() if value is not None},
+        )
         states = found.last_hidden_state
-        return Tokens(states, texts.keep, pool(states, texts.keep, self.config.pool), found.hidden_states if layers else None)
+        return Tokens(
+            states, texts.keep, pool(states, texts.keep, self.config.pool), found.hidden_states if layers else None
+        )

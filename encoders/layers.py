@@ -61,8 +61,13 @@ class Cache:
         self.memory = self.memory.rows(index) if self.memory else None
 
 
-def attention_mask(keep: Tensor | None, kind: AttentionKind = "full", prefix: Tensor | None = None,
-                   length: int | None = None, device: torch.device | None = None) -> Tensor | None:
+def attention_mask(
+    keep: Tensor | None,
+    kind: AttentionKind = "full",
+    prefix: Tensor | None = None,
+    length: int | None = None,
+    device: torch.device | None = None,
+) -> Tensor | None:
     """Return which key each query may see, broadcastable to [M, H, L, S], or None for all.
 
     Args:
@@ -104,11 +109,11 @@ class Attention(nn.Module):
         """[B, S, kv_width] -> keys and values, [B, H, S, D / H] each."""
         return KeyValues(self._split(self.key(memory)), self._split(self.value(memory)))
 
-    def forward(self, x: Tensor, memory: KeyValues, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(self, x: Tensor, memory: KeyValues, mask: Tensor | None = None) -> Tensor:
         """[M, L, D] queries on the projected ``memory`` -> [M, L, D]."""
         dropout = self.dropout if self.training else 0.0
         query = self._split(self.query(x))
-        mixed = F.scaled_dot_product_attention(query, memory.keys, memory.values, mask, dropout, is_causal=causal)
+        mixed = F.scaled_dot_product_attention(query, memory.keys, memory.values, mask, dropout)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -134,9 +139,18 @@ class Block(nn.Module):
     projected here once from its B rows and indexed by row, so that several texts share one image's projection.
     """
 
-    def __init__(self, width: int, heads: int, hidden: int, *, norm: Literal["pre", "post"] = "post",
-                 cross_width: int | None = None, activation: Activation = "gelu", eps: float = 1e-12,
-                 dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        norm: Literal["pre", "post"] = "post",
+        cross_width: int | None = None,
+        activation: Activation = "gelu",
+        eps: float = 1e-12,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.pre = norm == "pre"
         self.attention = Attention(width, heads, dropout=dropout)
@@ -148,21 +162,27 @@ class Block(nn.Module):
         self.feed_norm = nn.LayerNorm(width, eps)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, causal: bool = False, memory: Tensor | None = None,
-                memory_index: Tensor | None = None, memory_mask: Tensor | None = None,
-                cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        memory: Tensor | None = None,
+        memory_index: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
         """[M, L, D] -> [M, L, D].
 
         Args:
             x: rows.
             mask: bool, broadcastable to [M, H, L, S].
-            causal: let SDPA mask the future (instead of ``mask``).
             memory: [B, S, cross_width], what the cross-attention reads; None skips it.
             memory_index: [M] or [M, I], the memory row(s) of each row; None: row m reads memory m.
             memory_mask: bool, broadcastable to [M, H, L, S].
             cache: keys and values of earlier tokens, extended in place.
         """
-        x = self._residual(x, self.attention_norm, lambda y: self._self_attention(y, mask, causal, cache))
+        x = self._residual(x, self.attention_norm, lambda y: self._self_attention(y, mask, cache))
         if memory is not None:
             keys = self._memory(memory, memory_index, cache)
             x = self._residual(x, self.cross_norm, lambda y: self.cross(y, keys, memory_mask))
@@ -171,13 +191,15 @@ class Block(nn.Module):
     def _residual(self, x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor]) -> Tensor:
         return x + self.drop(layer(norm(x))) if self.pre else norm(x + self.drop(layer(x)))
 
-    def _self_attention(self, x: Tensor, mask: Tensor | None, causal: bool, cache: Cache | None) -> Tensor:
+    def _self_attention(self, x: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         own = self.attention.project(x)
         if cache is not None:
             if cache.past is not None:
-                own = KeyValues(torch.cat([cache.past.keys, own.keys], 2), torch.cat([cache.past.values, own.values], 2))
+                own = KeyValues(
+                    torch.cat([cache.past.keys, own.keys], 2), torch.cat([cache.past.values, own.values], 2)
+                )
             cache.past = own
-        return self.attention(x, own, mask, causal)
+        return self.attention(x, own, mask)
 
     def _memory(self, memory: Tensor, index: Tensor | None, cache: Cache | None) -> KeyValues:
         if cache is not None and cache.memory is not None:

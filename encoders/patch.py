@@ -37,7 +37,7 @@ class PatchConfig(Config):
     heads: int | None = None
     """Attention heads; None = the model's own."""
     stem: tuple[int, ...] = ()
-    """Channels of strided 3x3 convolutions in front of the patches; each halves the side, `patch_size` counts after them."""
+    """Channels of strided 3x3 convolutions before the patches; each halves the side, `patch_size` counts after them."""
     class_token: bool = True
     """Keep the class token; without it `pooled` is the mean of the patches."""
     drop_path: float = 0.0
@@ -85,8 +85,9 @@ class PatchEncoder(nn.Module):
         super().__init__()
         self.vit: Any = _create(config, pretrained=False)  # timm's attributes are untyped
         native = self.vit.pretrained_cfg
-        self.config = config.model_copy(update={"mean": config.mean or tuple(native["mean"]),
-                                                "std": config.std or tuple(native["std"])})
+        self.config = config.model_copy(
+            update={"mean": config.mean or tuple(native["mean"]), "std": config.std or tuple(native["std"])}
+        )
         self.width: int = self.vit.embed_dim
         self.bare = config.depth == 0
         self.register_buffer("mean", _channels(self.config.mean), persistent=False)
@@ -109,8 +110,10 @@ class PatchEncoder(nn.Module):
         theirs = _create(self.config.model_copy(update={"depth": None}), pretrained=True).state_dict()
         ours = self.vit.state_dict()
         if missing := sorted(ours.keys() - theirs.keys()):
-            raise ValueError(f"model.vision.depth {self.config.depth}: the pretrained {self.config.model!r} has no "
-                             f"{missing[0]}; lower it or set pretrained false")
+            raise ValueError(
+                f"model.vision.depth {self.config.depth}: the pretrained {self.config.model!r} has no "
+                f"{missing[0]}; lower it or set pretrained false"
+            )
         self.vit.load_state_dict({name: theirs[name] for name in ours})
 
     def forward(self, images: Images, layers: bool = False) -> Tokens:
@@ -165,8 +168,12 @@ def _channels(values: tuple[float, ...] | None) -> Tensor:
 
 
 def _create(config: PatchConfig, pretrained: bool) -> Any:
-    wanted = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth,
-              "num_heads": config.heads}
+    wanted = {
+        "patch_size": config.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+    }
     arguments: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     arguments |= {"img_size": config.image_size, "drop_path_rate": config.drop_path, "num_classes": 0}
     if not config.class_token:
@@ -186,8 +193,13 @@ def rename_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Its fused qkv is split.
     """
-    names = {"norm1": "attention_norm", "norm2": "feed_norm", "attn.proj": "attention.out",
-             "mlp.fc1": "feed.up", "mlp.fc2": "feed.down"}
+    names = {
+        "norm1": "attention_norm",
+        "norm2": "feed_norm",
+        "attn.proj": "attention.out",
+        "mlp.fc1": "feed.up",
+        "mlp.fc2": "feed.down",
+    }
     renamed = {}
     for name, tensor in state.items():
         if name.startswith("norm."):
@@ -216,6 +228,8 @@ def load_vit(module: nn.Module, model: str) -> None:
         if not name.startswith(("blocks.", "final_norm.")) or ".cross" in name:
             continue
         if name not in theirs or theirs[name].shape != tensor.shape:
-            raise ValueError(f"init timm:{model} has no {name} of shape {tuple(tensor.shape)}; use a ViT of these sizes")
+            raise ValueError(
+                f"init timm:{model} has no {name} of shape {tuple(tensor.shape)}; use a ViT of these sizes"
+            )
         wanted[name] = theirs[name]
     module.load_state_dict(wanted, strict=False)

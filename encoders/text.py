@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,16 @@ class StackConfig(Config):
 
     def block(self, cross_width: int | None = None) -> Block:
         """Build one block of these sizes."""
-        return Block(self.width, self.heads, self.hidden or 4 * self.width, norm=self.norm, cross_width=cross_width,
-                     activation=self.activation, eps=self.eps, dropout=self.dropout)
+        return Block(
+            self.width,
+            self.heads,
+            self.hidden or 4 * self.width,
+            norm=self.norm,
+            cross_width=cross_width,
+            activation=self.activation,
+            eps=self.eps,
+            dropout=self.dropout,
+        )
 
 
 class BesideConfig(Config):
@@ -84,7 +92,7 @@ class BesideConfig(Config):
 
 
 class TextConfig(StackConfig):
-    """A BERT-family text encoder, filled from transformers weights or built from sizes; ``layers: 0`` = bare embeddings."""
+    """A BERT-family text encoder, from transformers weights or from sizes; ``layers: 0`` = bare embeddings."""
 
     kind: Literal["text"] = "text"
     vocabulary_size: int | None = None
@@ -125,8 +133,10 @@ class TextEmbeddings(nn.Module):
         """Texts -> [T, L, D]; ``first`` is the position of the first token (generation)."""
         length = texts.ids.shape[1]
         if first + length > self.max_length:
-            raise ValueError(f"texts of {first + length} tokens, but model.text.max_length is {self.max_length}; "
-                             "shorten data.max_length or raise it")
+            raise ValueError(
+                f"texts of {first + length} tokens, but model.text.max_length is {self.max_length}; "
+                "shorten data.max_length or raise it"
+            )
         positions = texts.positions
         if positions is None:
             positions = torch.arange(first, first + length, device=texts.ids.device)[None] + self.offset
@@ -145,7 +155,9 @@ class TextEncoder(nn.Module):
         self.config, self.width, self.bare = config, config.width, config.layers == 0
         self.embeddings = TextEmbeddings(config)
         self.blocks = nn.ModuleList(config.block() for _ in range(config.layers))
-        self.final_norm = nn.LayerNorm(config.width, config.eps) if config.norm == "pre" and config.layers else nn.Identity()
+        self.final_norm = (
+            nn.LayerNorm(config.width, config.eps) if config.norm == "pre" and config.layers else nn.Identity()
+        )
         initialise(self)
 
     @property
@@ -156,7 +168,9 @@ class TextEncoder(nn.Module):
     @property
     def word_embedding(self) -> nn.Parameter:
         """[V, D], for tied heads."""
-        return self.embeddings.word.weight
+        weight = self.embeddings.word.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     def load_pretrained(self) -> None:
         """Fill embeddings and blocks from ``config.init``, where the recipe names one."""
@@ -187,7 +201,8 @@ def pool(states: Tensor, keep: Tensor, how: Literal["cls", "last", "mean"]) -> T
     return (states * weight).sum(1) / weight.sum(1)
 
 
-_BERT_BLOCK = (
+_Rules: TypeAlias = tuple[tuple[str, str], ...]
+_BERT_BLOCK: _Rules = (
     (r"attention\.self\.(query|key|value)\.", r"attention.\1."),
     (r"attention\.output\.dense\.", "attention.out."),
     (r"attention\.output\.LayerNorm\.", "attention_norm."),
@@ -198,9 +213,11 @@ _BERT_BLOCK = (
     (r"output\.dense\.", "feed.down."),
     (r"output\.LayerNorm\.", "feed_norm."),
 )
-_BERT_EMBEDDINGS = (
-    (r"word_embeddings\.", "word."), (r"position_embeddings\.", "position."),
-    (r"token_type_embeddings\.", "segment."), (r"LayerNorm\.", "norm."),
+_BERT_EMBEDDINGS: _Rules = (
+    (r"word_embeddings\.", "word."),
+    (r"position_embeddings\.", "position."),
+    (r"token_type_embeddings\.", "segment."),
+    (r"LayerNorm\.", "norm."),
 )
 
 
@@ -244,18 +261,19 @@ def load_bert(module: nn.Module, source: str, *, embeddings: bool, first: int = 
         if source_name not in theirs:
             raise ValueError(f"init {source!r} has no {source_name}; use fewer layers or another model")
         found = theirs[source_name]
-        if name.startswith("embeddings.position"):
-            found = found[: tensor.shape[0]]
-        elif name.startswith("embeddings.segment"):
+        if name.startswith("embeddings.position") or name.startswith("embeddings.segment"):
             found = found[: tensor.shape[0]]
         if found.shape != tensor.shape:
-            raise ValueError(f"init {source!r}: {source_name} is {tuple(found.shape)}, the recipe needs {tuple(tensor.shape)}")
+            raise ValueError(
+                f"init {source!r}: {source_name} is {tuple(found.shape)}, the recipe needs {tuple(tensor.shape)}"
+            )
         wanted[name] = found
     module.load_state_dict(wanted, strict=False)
 
 
-def run_cached(blocks: nn.ModuleList, caches: list[Cache], states: Tensor, mask: Tensor | None, **memory: Tensor | None
-               ) -> Tensor:
+def run_cached(
+    blocks: nn.ModuleList, caches: list[Cache], states: Tensor, mask: Tensor | None, **memory: Tensor | None
+) -> Tensor:
     """Run ``blocks`` on the newest tokens, extending ``caches`` (one a block) in place."""
     for block, cache in zip(blocks, caches, strict=True):
         states = block(states, mask, cache=cache, **memory)

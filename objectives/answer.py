@@ -40,7 +40,9 @@ class AnswerConfig(Config):
             ValueError: there is no fusion, or the answer list is empty.
         """
         if spec.pooled_width is None:
-            raise ValueError("objective answer needs a fusion, but model.fusion.kind is none; use single_stream or dual_stream")
+            raise ValueError(
+                "objective answer needs a fusion, but model.fusion.kind is none; use single_stream or dual_stream"
+            )
         if len(self.answers) < 2:
             raise ValueError(f"objectives.answer.answers has {len(self.answers)} entries; give at least two answers")
         return Answer(self, spec.pooled_width)

@@ -95,23 +95,18 @@ class Draw:
         """Return the host generator of one sample, a pure function of (seed, name, position)."""
         return _generator(self.seed, name, position)
 
-    def uniform(self, name: str, shape: Sequence[int], device: torch.device | str, shared: bool = False) -> Tensor:
-        """Return float32 [*shape] in [0, 1); ``shared`` draws are equal in all candidate groups of the step."""
-        group = "all" if shared else self.group
-        values = _generator(self.seed, name, self.step, group).random(tuple(shape), dtype=np.float32)
+    def uniform(self, name: str, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        """Return float32 [*shape] in [0, 1)."""
+        values = _generator(self.seed, name, self.step, self.group).random(tuple(shape), dtype=np.float32)
         return torch.from_numpy(values).to(device, non_blocking=True)
 
-    def categorical(self, name: str, weights: Tensor, first: int = 0, total: int | None = None) -> Tensor:
+    def categorical(self, name: str, weights: Tensor) -> Tensor:
         """Return one column per row of ``weights`` [R, C] (>= 0), drawn in proportion, int64 [R].
 
         A column of weight zero is never drawn unless its whole row is zero (then the last column is returned and the
-        caller must leave the row out). With ``total`` the rows are rows ``first``.. of a table that all groups share.
+        caller must leave the row out).
         """
-        rows = weights.shape[0]
-        if total is None:
-            level = self.uniform(name, (rows,), weights.device)
-        else:
-            level = self.uniform(name, (total,), weights.device, shared=True)[first : first + rows]
+        level = self.uniform(name, weights.shape[:1], weights.device)
         mass = weights.double().cumsum(1)
         # Inverse of the cumulative distribution: the first column whose mass exceeds the level, which is < the total.
         threshold = level.double()[:, None] * mass[:, -1:]
@@ -138,10 +133,10 @@ class Replay(Draw):
             raise ValueError(f"draw {name!r} was not recorded; recorded are {sorted(self.recorded)}")
         return self.recorded[name]
 
-    def uniform(self, name: str, shape: Sequence[int], device: torch.device | str, shared: bool = False) -> Tensor:
+    def uniform(self, name: str, shape: Sequence[int], device: torch.device | str) -> Tensor:
         return self._get(name).to(device)
 
-    def categorical(self, name: str, weights: Tensor, first: int = 0, total: int | None = None) -> Tensor:
+    def categorical(self, name: str, weights: Tensor) -> Tensor:
         return self._get(name).to(weights.device)
 
     def bernoulli(self, name: str, probability: float, shape: Sequence[int], device: torch.device | str) -> Tensor:
@@ -172,8 +167,9 @@ class View(Protocol):
         """How the view's tokens see each other."""
         ...
 
-    def make(self, ids: np.ndarray, word_starts: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
-             ) -> ViewText:
+    def make(
+        self, ids: np.ndarray, word_starts: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
+    ) -> ViewText:
         """Make the view of one text.
 
         Args:
@@ -248,10 +244,8 @@ class Objective(nn.Module):
         return float(batch.num_texts)
 
     def chance(self, candidates: int) -> float | None:
-        """Return the loss of a guess from the label prior alone, with ``candidates`` pairs per step; None if unknown."""
+        """Return the loss of guessing by the label prior, with ``candidates`` pairs per step; None if unknown."""
         return None
 
     def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
         raise AssertionError(f"{type(self).__name__} does not define forward")
-
-

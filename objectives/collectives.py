@@ -65,7 +65,11 @@ class _GatherGradToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: Sequence[int] | None) -> Tensor:
         own = x.shape[0]
-        ctx.rows = slice(rank() * own, rank() * own + own) if sizes is None else slice(sum(sizes[: rank()]), sum(sizes[: rank() + 1]))
+        ctx.rows = (
+            slice(rank() * own, rank() * own + own)
+            if sizes is None
+            else slice(sum(sizes[: rank()]), sum(sizes[: rank() + 1]))
+        )
         return _gather(x, sizes)
 
     @staticmethod

@@ -11,8 +11,15 @@ from encoders.layers import ACTIVATIONS, Activation, initialise
 class VocabularyHead(nn.Module):
     """BERT's prediction head: dense, activation, norm, then word scores by the (tied) word embedding plus a bias."""
 
-    def __init__(self, width: int, vocabulary_size: int, tied: nn.Parameter | None, *, activation: Activation = "gelu",
-                 eps: float = 1e-12) -> None:
+    def __init__(
+        self,
+        width: int,
+        vocabulary_size: int,
+        tied: nn.Parameter | None,
+        *,
+        activation: Activation = "gelu",
+        eps: float = 1e-12,
+    ) -> None:
         super().__init__()
         word_width = width if tied is None else tied.shape[1]
         self.dense = nn.Linear(width, word_width)

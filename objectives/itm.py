@@ -54,11 +54,15 @@ class ItmConfig(Config):
             ValueError: there is no fusion to match with, or no embedding to find hard negatives by.
         """
         if spec.pooled_width is None:
-            raise ValueError("objective itm needs a fusion, but model.fusion.kind is none; "
-                             "use single_stream or dual_stream, or remove itm")
+            raise ValueError(
+                "objective itm needs a fusion, but model.fusion.kind is none; "
+                "use single_stream or dual_stream, or remove itm"
+            )
         if self.negatives == "hard" and spec.embed_width is None:
-            raise ValueError("objectives.itm.negatives hard needs an objective that trains the embeddings; "
-                             "add itc or set negatives to random")
+            raise ValueError(
+                "objectives.itm.negatives hard needs an objective that trains the embeddings; "
+                "add itc or set negatives to random"
+            )
         return Itm(self, spec.pooled_width, hard=self.negatives != "random" and spec.embed_width is not None)
 
 

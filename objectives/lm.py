@@ -46,7 +46,9 @@ class LmConfig(Config):
         if spec.decoder_width is None:
             raise ValueError("objective lm needs a decoder; set model.decoder.kind causal or remove lm")
         if self.memory == "fused" and spec.fusion == "none":
-            raise ValueError("objectives.lm.memory fused needs a fusion, but model.fusion.kind is none; use memory image")
+            raise ValueError(
+                "objectives.lm.memory fused needs a fusion, but model.fusion.kind is none; use memory image"
+            )
         return Lm(self, spec)
 
 
@@ -56,8 +58,9 @@ class CausalView:
 
     attention: AttentionKind = "causal"
 
-    def make(self, ids: np.ndarray, word_starts: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
-             ) -> ViewText:
+    def make(
+        self, ids: np.ndarray, word_starts: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
+    ) -> ViewText:
         """Make the view of one text [L] that begins with cls and ends with sep."""
         inner = ids[~np.isin(ids, [vocabulary.cls, vocabulary.sep, vocabulary.pad])]
         written = np.concatenate([[vocabulary.bos], inner, [vocabulary.eos]]).astype(np.int64)
@@ -71,8 +74,9 @@ class Lm(Objective):
         super().__init__()
         assert spec.decoder_width is not None
         self.config, self.vocabulary_size = config, spec.vocabulary_size
-        self.head = VocabularyHead(spec.decoder_width, spec.vocabulary_size, spec.word_embedding if config.tied else None,
-                                   eps=spec.text_eps)
+        self.head = VocabularyHead(
+            spec.decoder_width, spec.vocabulary_size, spec.word_embedding if config.tied else None, eps=spec.text_eps
+        )
         self.memory: Encode | Fuse = Encode("image") if config.memory == "image" else Fuse()
         self.written = Decode(self.memory, config.view)
         self.needs: frozenset[Pass] = frozenset({self.written})
@@ -88,4 +92,6 @@ class Lm(Objective):
         """Cross-entropy of the next word, mean over the words."""
         text = batch.texts[self.config.view]
         assert text.labels is not None
-        return word_loss(self.head, results[self.written].states, text.labels, text.label_at, self.config.label_smoothing)
+        return word_loss(
+            self.head, results[self.written].states, text.labels, text.label_at, self.config.label_smoothing
+        )

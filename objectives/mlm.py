@@ -49,11 +49,14 @@ class MaskedView:
     whole_word: bool
     attention: AttentionKind = "full"
 
-    def make(self, ids: np.ndarray, word_starts: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
-             ) -> ViewText:
+    def make(
+        self, ids: np.ndarray, word_starts: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
+    ) -> ViewText:
         """Mask one text [L]; special ids are never masked and never drawn."""
         if vocabulary.mask is None:
-            raise ValueError("objective mlm needs a tokenizer with a mask token; this one has none, use another or remove mlm")
+            raise ValueError(
+                "objective mlm needs a tokenizer with a mask token; this one has none, use another or remove mlm"
+            )
         length = len(ids)
         # A fixed number of draws per position, so that masks depend on nothing else.
         choose, how = generator.random(length), generator.random(length)
@@ -76,8 +79,9 @@ class Mlm(Objective):
         super().__init__()
         self.config, self.vocabulary_size = config, spec.vocabulary_size
         self.fused = spec.fusion != "none"
-        self.head = VocabularyHead(spec.text_width, spec.vocabulary_size, spec.word_embedding if config.tied else None,
-                                   eps=spec.text_eps)
+        self.head = VocabularyHead(
+            spec.text_width, spec.vocabulary_size, spec.word_embedding if config.tied else None, eps=spec.text_eps
+        )
         self.needs = frozenset({Fuse(text="masked") if self.fused else Encode("text", "masked")})
         self.views = {"masked": MaskedView(config.mask_probability, config.whole_word)}
 
@@ -102,8 +106,9 @@ def count_labels(batch: Batch, view: str) -> Tensor:
     return (labels != -100).sum()
 
 
-def word_loss(head: VocabularyHead, states: Tensor, labels: Tensor, label_at: Tensor | None, smoothing: float = 0.0
-              ) -> LossOutput:
+def word_loss(
+    head: VocabularyHead, states: Tensor, labels: Tensor, label_at: Tensor | None, smoothing: float = 0.0
+) -> LossOutput:
     """Cross-entropy of words at labelled positions, mean over the labels (0 if there is none)."""
     states, targets = labelled(states, labels, label_at)
     logits = head(states).float()

@@ -35,7 +35,9 @@ def true_pairs(batch: Batch, rule: Positives, device: torch.device, everywhere: 
         everywhere: candidates are the batches of all ranks, else this rank's.
     """
     sizes = batch.counts if everywhere else None
-    image_sizes, text_sizes = (None, None) if sizes is None else (tuple(s[0] for s in sizes), tuple(s[1] for s in sizes))
+    image_sizes, text_sizes = (
+        (None, None) if sizes is None else (tuple(s[0] for s in sizes), tuple(s[1] for s in sizes))
+    )
     num_images = batch.num_images or batch.num_texts
     first = 0
     if everywhere:

@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from objectives.base import Draw
 from vlp.config import Config, configs_folder, list_recipes, load, restated
-from vlp.model import Model, build_model, parameters_by_part
+from vlp.model import Model, build_model
+from vlp.parts import parameters_by_part
 from vlp.run import RunConfig, settle
 from vlp.show import meta_model, synthetic_batch
 from vlp.train.optim import build_optimizer, check_parts

@@ -51,10 +51,16 @@ class Decoder(nn.Module):
         for block in blocks:
             initialise(block)
         if config.share == "all_but_self_attention":
-            if not (isinstance(fusion, DualStream) and not fusion.co and len(fusion.blocks) == stack.layers
-                    and fusion.text_width == stack.width):
-                raise ValueError("model.decoder.share all_but_self_attention needs model.fusion dual_stream with attention "
-                                 f"cross, {stack.layers} layers and width {stack.width}; change it or share embeddings")
+            if not (
+                isinstance(fusion, DualStream)
+                and not fusion.co
+                and len(fusion.blocks) == stack.layers
+                and fusion.text_width == stack.width
+            ):
+                raise ValueError(
+                    "model.decoder.share all_but_self_attention needs model.fusion dual_stream with attention "
+                    f"cross, {stack.layers} layers and width {stack.width}; change it or share embeddings"
+                )
             for block, theirs in zip(blocks, fusion.blocks, strict=True):
                 for name in ("cross", "cross_norm", "feed", "feed_norm"):
                     setattr(block, name, getattr(theirs, name))
@@ -94,8 +100,15 @@ class Decoder(nn.Module):
         mask = attention_mask(None, "causal", length=length, device=ids.device)
         assert mask is not None
         memory_mask = attention_mask(gather_keep(memory.keep, memory_index))
-        states = run_cached(self.blocks, caches, states, mask[:, :, first:], memory=memory.states, memory_index=memory_index,
-                            memory_mask=memory_mask)
+        states = run_cached(
+            self.blocks,
+            caches,
+            states,
+            mask[:, :, first:],
+            memory=memory.states,
+            memory_index=memory_index,
+            memory_mask=memory_mask,
+        )
         return self.final_norm(states)
 
 

@@ -7,11 +7,9 @@ Shapes: B images, T texts, D width, E embedding.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +20,31 @@ from encoders import AnyTextConfig, PatchConfig, TextConfig, VisionConfig
 from encoders.layers import initialise
 from encoders.types import Batch, Modality
 from objectives import ObjectiveConfig
-from objectives.base import Decode, Draw, Embed, Encode, Fuse, LossOutput, ModelSpec, Objective, Pass, Results, Rows, View
+from objectives.base import (
+    Decode,
+    Draw,
+    Embed,
+    Encode,
+    Fuse,
+    LossOutput,
+    ModelSpec,
+    Objective,
+    Pass,
+    Results,
+    Rows,
+    View,
+)
 from objectives.collectives import sum_no_grad, world_size
 from vlp.config import Config
 from vlp.decoder import Decoder, DecoderConfig
 from vlp.fusion import Fusion, FusionConfig, NoFusionConfig
-from vlp.fusion.dual import DualStreamConfig
+from vlp.fusion.dual import DualStream, DualStreamConfig
+from vlp.parts import part_seed
 from vlp.passes import Step, close, views
 
 logger = logging.getLogger(__name__)
+
+MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 
 class EmbedConfig(Config):
@@ -130,13 +144,15 @@ class Model(nn.Module):
         self.image_embed = self.text_embed = self.logit_scale = None
         if not trains:
             return
-        widths = [self.fusion.text_width if self.fusion and self.is_tower(m) else part.width
-                  for m, part in (("image", self.vision), ("text", self.text))]  # type: ignore[arg-type]
-        self.image_embed = nn.Linear(widths[0], config.width, bias=config.bias)
-        self.text_embed = nn.Linear(widths[1], config.width, bias=config.bias)
+        self.image_embed = nn.Linear(self._tower_width("image"), config.width, bias=config.bias)
+        self.text_embed = nn.Linear(self._tower_width("text"), config.width, bias=config.bias)
         initialise(self.image_embed)
         initialise(self.text_embed)
         self.logit_scale = nn.Parameter(torch.full((1,), -math.log(config.temperature)))
+
+    def _tower_width(self, modality: Modality) -> int:
+        part = self.vision if modality == "image" else self.text
+        return self.fusion.text_width if self.fusion is not None and self.is_tower(modality) else part.width
 
     def is_tower(self, modality: Modality) -> bool:
         """Whether the fusion is this modality's tower: its encoder gives bare embeddings (BLIP's text, ViLT's both)."""
@@ -163,23 +179,39 @@ class Model(nn.Module):
         problems = []
         needs = close(self.needs())  # a decoder may be the only reader of a fusion
         read = views(needs)
-        for modality in ("image", "text"):
-            if self.objectives and not read[modality]:  # type: ignore[index]
-                problems.append(f"no objective of {sorted(self.objectives)} reads {modality}s; add itc, or itm with a fusion")
+        for modality in MODALITIES:
+            if self.objectives and not read[modality]:
+                problems.append(
+                    f"no objective of {sorted(self.objectives)} reads {modality}s; add itc, or itm with a fusion"
+                )
         if self.fusion is not None and self.objectives:
-            tower = [m for m in ("image", "text") if self.is_tower(m) and any(  # type: ignore[arg-type]
-                isinstance(p, Encode | Embed) and p.modality == m for p in needs)]
-            if not tower and not any(isinstance(p, Fuse) for p in needs):
-                problems.append(f"no objective of {sorted(self.objectives)} uses model.fusion.kind {config.fusion.kind}; "
-                                "add itm or mlm, or set model.fusion.kind none")
+            towers = [
+                m
+                for m in MODALITIES
+                if self.is_tower(m) and any(isinstance(p, Encode | Embed) and p.modality == m for p in needs)
+            ]
+            if "image" in towers and isinstance(self.fusion, DualStream):
+                problems.append(
+                    "model.vision.depth 0 makes the fusion the image tower, which dual_stream cannot be; use "
+                    "model.fusion.kind single_stream, or a vision encoder with blocks"
+                )
+            if not towers and not any(isinstance(p, Fuse) for p in needs):
+                problems.append(
+                    f"no objective of {sorted(self.objectives)} uses model.fusion.kind {config.fusion.kind}; "
+                    "add itm or mlm, or set model.fusion.kind none"
+                )
         if self.decoder is not None and self.objectives and not any(isinstance(p, Decode) for p in needs):
-            problems.append(f"no objective of {sorted(self.objectives)} uses model.decoder; add lm, or set model.decoder none")
+            problems.append(
+                f"no objective of {sorted(self.objectives)} uses model.decoder; add lm, or set model.decoder none"
+            )
         for name, objective in self._objectives():
             for one in objective.needs:
                 view = objective.views.get(one.text or "") if isinstance(one, Fuse) else None
                 if view is not None and self.fusion is not None and view.attention not in self.fusion.attention_kinds:
-                    problems.append(f"objective {name} reads {view.attention} text, which model.fusion.kind {config.fusion.kind} would "
-                                    f"leak; it can read {self.fusion.attention_kinds}: use attention cross or single_stream")
+                    problems.append(
+                        f"objective {name} reads {view.attention} text, which fusion {config.fusion.kind} would "
+                        f"leak; it can read {self.fusion.attention_kinds}: use attention cross or single_stream"
+                    )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -209,12 +241,15 @@ class Model(nn.Module):
         for name, objective in self._objectives():
             for view_name, view in objective.views.items():
                 if found.setdefault(view_name, view) != view:
-                    raise ValueError(f"objective {name} asks for another text view {view_name!r} than an objective before it; "
-                                     "give both the same settings")
+                    raise ValueError(
+                        f"objective {name} asks for another text view {view_name!r} than an objective before it; "
+                        "give both the same settings"
+                    )
         return found
 
-    def run(self, passes: Iterable[Pass], batch: Batch, layers: bool = False, rows: Mapping[str, Rows] | None = None
-            ) -> Results:
+    def run(
+        self, passes: Iterable[Pass], batch: Batch, layers: bool = False, rows: Mapping[str, Rows] | None = None
+    ) -> Results:
         """Compute passes by name -> {Encode: Tokens, Embed: [B, E], Fuse: Fused, Decode: Tokens}.
 
         Args:
@@ -235,8 +270,9 @@ class Model(nn.Module):
         """
         return self._losses(batch, draw, names, first=())[1]
 
-    def _losses(self, batch: Batch, draw: Draw, names: Iterable[str] | None, first: Iterable[Pass]
-                ) -> tuple[Results, dict[str, LossOutput]]:
+    def _losses(
+        self, batch: Batch, draw: Draw, names: Iterable[str] | None, first: Iterable[Pass]
+    ) -> tuple[Results, dict[str, LossOutput]]:
         """Run the passes ``first``, then all others that the objectives need, then the objectives."""
         chosen = self.active(batch, names)
 
@@ -272,12 +308,19 @@ class Model(nn.Module):
         device = self.device
         found = {name: objective.count(batch) for name, objective in self.active(batch, names).items()}
         # `full` writes a number on the device; `as_tensor` would copy it there and wait.
-        return {name: n.to(device, torch.float32) if isinstance(n, Tensor) else torch.full((), n, device=device)
-                for name, n in found.items()}
+        return {
+            name: n.to(device, torch.float32) if isinstance(n, Tensor) else torch.full((), n, device=device)
+            for name, n in found.items()
+        }
 
-    def forward(self, batch: Batch, draw: Draw, totals: Mapping[str, Tensor] | None = None,
-                names: Iterable[str] | None = None, received: EmbedGradients | None = None
-                ) -> tuple[Tensor, dict[str, LossOutput]]:
+    def forward(
+        self,
+        batch: Batch,
+        draw: Draw,
+        totals: Mapping[str, Tensor] | None = None,
+        names: Iterable[str] | None = None,
+        received: EmbedGradients | None = None,
+    ) -> tuple[Tensor, dict[str, LossOutput]]:
         """Return the loss whose mean over ranks is that of the joined batch, and every objective's output.
 
         Args:
@@ -292,8 +335,10 @@ class Model(nn.Module):
         counts = self.counts(batch, outputs)
         if totals is None:
             totals = global_counts(counts)
-        parts = [self.weights[name] * out.loss * counts[name] * world_size() / totals[name].clamp(min=1)
-                 for name, out in outputs.items()]
+        parts = [
+            self.weights[name] * out.loss * counts[name] * world_size() / totals[name].clamp(min=1)
+            for name, out in outputs.items()
+        ]
         if received is not None:
             parts.append(received.surrogate(results))
         return torch.stack([part.reshape(()) for part in parts]).sum(), outputs
@@ -311,8 +356,14 @@ def global_counts(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, total.unbind(), strict=True))
 
 
-def build_model(config: ModelConfig, objectives: Mapping[str, ObjectiveConfig], *, vocabulary_size: int | None = None,
-                seed: int = 0, pretrained: bool = True) -> Model:
+def build_model(
+    config: ModelConfig,
+    objectives: Mapping[str, ObjectiveConfig],
+    *,
+    vocabulary_size: int | None = None,
+    seed: int = 0,
+    pretrained: bool = True,
+) -> Model:
     """Build a model, its vocabulary size taken from the tokenizer where the recipe does not say it.
 
     Args:
@@ -330,32 +381,11 @@ def build_model(config: ModelConfig, objectives: Mapping[str, ObjectiveConfig], 
         if text.vocabulary_size is None:
             config = config.model_copy(update={"text": text.model_copy(update={"vocabulary_size": vocabulary_size})})
         elif text.vocabulary_size < vocabulary_size:
-            raise ValueError(f"model.text.vocabulary_size {text.vocabulary_size} is less than the tokenizer's {vocabulary_size}; "
-                             "remove it from the recipe or use another tokenizer")
+            raise ValueError(
+                f"model.text.vocabulary_size {text.vocabulary_size} is less than the tokenizer's {vocabulary_size}; "
+                "remove it from the recipe or use another tokenizer"
+            )
     model = Model(config, objectives, seed)
     if pretrained:
         model.load_pretrained()
     return model
-
-
-@contextmanager
-def part_seed(seed: int, part: str) -> Iterator[None]:
-    """Draw a part's initial weights from (seed, part) alone, leaving the global generator as it was."""
-    digest = hashlib.blake2b(f"{seed}/{part}".encode(), digest_size=8).digest()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(digest, "little") % 2**63)
-        yield
-
-
-def parameters_by_part(model: Model) -> dict[str, int]:
-    """Count parameters by part, shared ones once, where they appear first."""
-    seen: set[int] = set()
-    found: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        part = ".".join(name.split(".")[:2]) if name.startswith("objectives.") else name.split(".")[0]
-        if id(parameter) not in seen:
-            found[part] = found.get(part, 0) + parameter.numel()
-            seen.add(id(parameter))
-    return found
-
-

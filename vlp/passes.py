@@ -59,7 +59,7 @@ class Step:
         self._read: dict[tuple[Modality, str], Tokens] = {}
 
     def run(self, passes: Iterable[Pass], give_rows: GiveRows | None = None) -> Results:
-        """Compute ``passes`` and all that they read, each once; ``give_rows`` names the pairs once the embeds are known."""
+        """Compute ``passes`` and all they read, each once; ``give_rows`` names the pairs once the embeds are known."""
         wanted = sorted(close(passes) - self.results.keys(), key=repr)
         for one in wanted:
             if isinstance(one, Encode):
@@ -164,7 +164,9 @@ class Step:
                 indices.append(None if index is None else index + first[one.image])
         text_rows = _concatenate(parts)
         index = None if not indices or indices[0] is None else torch.cat([i for i in indices if i is not None])
-        fused = self.model.fusion(image, text_rows, index, kind, torch.cat(prefixes) if prefixes else None, layers=self.layers)
+        fused = self.model.fusion(
+            image, text_rows, index, kind, torch.cat(prefixes) if prefixes else None, layers=self.layers
+        )
         return _split(fused, sizes, [part.states.shape[1] for part in parts] or [None] * len(sizes))
 
     def _stack_images(self, names: list[str]) -> tuple[Tokens | None, dict[str, int]]:
@@ -214,7 +216,10 @@ def _concatenate(parts: list[Tokens]) -> Tokens | None:
     states = torch.cat([F.pad(part.states, (0, 0, 0, longest - part.states.shape[1])) for part in parts])
     keep = None
     if any(part.keep is not None or part.states.shape[1] < longest for part in parts):
-        keeps = [part.states.new_ones(part.states.shape[:2], dtype=torch.bool) if part.keep is None else part.keep for part in parts]
+        keeps = [
+            part.states.new_ones(part.states.shape[:2], dtype=torch.bool) if part.keep is None else part.keep
+            for part in parts
+        ]
         keep = torch.cat([F.pad(k, (0, longest - k.shape[1])) for k in keeps])
     return Tokens(states, keep, torch.cat([part.pooled for part in parts]))
 

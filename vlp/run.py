@@ -57,10 +57,14 @@ def settle(run: R) -> R:
     """
     side, wanted = run.model.vision.image_size, run.data.transform.image_size
     if wanted is not None and wanted != side:
-        raise ValueError(f"data.transform.image_size {wanted} is not model.vision.image_size {side}; leave the first one out")
+        raise ValueError(
+            f"data.transform.image_size {wanted} is not model.vision.image_size {side}; leave the first one out"
+        )
     if isinstance(run.model.text, TextConfig) and run.data.max_length > run.model.text.max_length:
-        raise ValueError(f"data.max_length {run.data.max_length} is more than model.text.max_length {run.model.text.max_length}; "
-                         "lower the first or raise the second")
+        raise ValueError(
+            f"data.max_length {run.data.max_length} is more than model.text.max_length {run.model.text.max_length}; "
+            "lower the first or raise the second"
+        )
     transform = run.data.transform.model_copy(update={"image_size": side})
     return run.model_copy(update={"data": run.data.model_copy(update={"transform": transform})})
 
@@ -93,8 +97,9 @@ def assemble(run: RunConfig, *, tokenizer: Tokenizer | None = None, pretrained: 
     if tokenizer is None:
         texts: Iterator[str] = captions(reader, run.data) if reader is not None else iter(())
         tokenizer = build_tokenizer(run.data.tokenizer, texts)
-    model = build_model(run.model, run.objectives, vocabulary_size=tokenizer.vocabulary.size, seed=run.train.seed,
-                        pretrained=pretrained)
+    model = build_model(
+        run.model, run.objectives, vocabulary_size=tokenizer.vocabulary.size, seed=run.train.seed, pretrained=pretrained
+    )
     objectives: Mapping[str, ObjectiveConfig] = model.objective_configs
     run = run.model_copy(update={"model": model.config, "objectives": dict(objectives)})
     return Parts(run, model, tokenizer, reader)
@@ -102,4 +107,5 @@ def assemble(run: RunConfig, *, tokenizer: Tokenizer | None = None, pretrained: 
 
 def open_training_data(data: DataConfig) -> Reader:
     """Open the reader of ``data.train``."""
+    assert data.train is not None
     return open_reader(data.train, image=data.image, text=data.text, root=data.root, where=data.where)

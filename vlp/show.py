@@ -25,7 +25,8 @@ from encoders.types import Batch, Images, Modality, Texts, Tokens, Vocabulary
 from objectives.base import Decode, Draw, Embed, Encode, Fused, Pass, Results, Rows, ViewText
 from vlp.config import to_yaml
 from vlp.data.batch import pad_texts
-from vlp.model import Model, build_model, parameters_by_part
+from vlp.model import Model, build_model
+from vlp.parts import parameters_by_part
 from vlp.passes import Step, close, views
 from vlp.run import RunConfig, settle
 

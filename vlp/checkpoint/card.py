@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from torch import Tensor
 
-from vlp.model import Model, parameters_by_part
+from vlp.model import Model
+from vlp.parts import parameters_by_part
 
 if TYPE_CHECKING:
     from vlp.run import RunConfig

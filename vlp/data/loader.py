@@ -48,7 +48,7 @@ class DataConfig(Config):
     """Training data: tar shards ('shards/{000..099}.tar', URLs too), a csv/jsonl/parquet table, a folder, or a list."""
     val: str | tuple[str, ...] | None = None
     """Validation data, in the same forms."""
-    where: dict[str, Any] = Field(default_factory=dict)
+    where: dict[str, Any] | None = None
     """Only samples whose fields have these values, as {split: train}."""
     val_where: dict[str, Any] | None = None
     """The same for the validation data; none = as where."""
@@ -59,7 +59,7 @@ class DataConfig(Config):
     root: str | None = None
     """Folder that the image paths of tables are relative to; none = the table's own."""
     alternates: str | None = None
-    """Field with other texts of the image (tags), from which training draws now and then."""
+    """Field with other texts of the image (tags): a trained tokenizer learns their words too."""
     alternate_share: float = Field(default=0.0, ge=0, le=1)
     """Share of the training samples whose text is drawn from `alternates`, where they have any."""
     hash: str | None = None
@@ -195,7 +195,6 @@ class _Fetch(Dataset[_Fetched]):
         if example.image_id is None:
             example = replace(example, image_id=image_identity(raw, sample))
         return example
-
 
     def _alternate(self, sample: Sample, field: str, position: int) -> Sample:
         """The sample with one of its other texts in place of its own, for a share of the positions."""

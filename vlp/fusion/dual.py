@@ -69,10 +69,14 @@ class DualStream(nn.Module):
         self.pooled_width = self.pooler.width if self.pooler else None
         reads_image = self.pooler is not None and self.pooler.reads_image
         if reads_image and not self.co:
-            raise ValueError(f"model.fusion.pooler {config.pooler} reads the image stream, which attention cross leaves as "
-                             "it is; use pooler cls or tanh, or attention co")
+            raise ValueError(
+                f"model.fusion.pooler {config.pooler} reads the image stream, which attention cross leaves as "
+                "it is; use pooler cls or tanh, or attention co"
+            )
         # The last image block is worth having only if someone reads its output.
-        self.image_blocks = nn.ModuleList(stack.block(width) for _ in range(stack.layers - (not reads_image) if self.co else 0))
+        self.image_blocks = nn.ModuleList(
+            stack.block(width) for _ in range(stack.layers - (not reads_image) if self.co else 0)
+        )
         self.image_norm = nn.LayerNorm(width, stack.eps) if pre and reads_image else nn.Identity()
         for part in self.children():
             if not isinstance(part, Pooler):
@@ -88,8 +92,15 @@ class DualStream(nn.Module):
         if self.config.init is not None:
             load_bert(self, self.config.init, embeddings=False, first=self.config.init_layer)
 
-    def forward(self, image: Tokens | None, text: Tokens | None, image_index: Tensor | None = None,
-                attention: AttentionKind = "full", prefix: Tensor | None = None, layers: bool = False) -> Fused:
+    def forward(
+        self,
+        image: Tokens | None,
+        text: Tokens | None,
+        image_index: Tensor | None = None,
+        attention: AttentionKind = "full",
+        prefix: Tensor | None = None,
+        layers: bool = False,
+    ) -> Fused:
         """Image states [B, N, D] at rows ``image_index`` with text states [M, L, D] -> Fused of M rows.
 
         Without ``image`` the text stream runs alone, its cross-attention skipped (BLIP's text encoder).
@@ -98,9 +109,13 @@ class DualStream(nn.Module):
             ValueError: ``text`` is missing, or ``attention`` is one that leaks here.
         """
         if text is None:
-            raise ValueError("model.fusion dual_stream has no image-only path; use single_stream or a vision encoder with depth > 0")
+            raise ValueError(
+                "model.fusion dual_stream has no image-only path; use single_stream or a vision encoder with depth > 0"
+            )
         if attention not in self.attention_kinds:
-            raise ValueError(f"model.fusion.attention co cannot read a {attention} text without leaking its future; use cross")
+            raise ValueError(
+                f"model.fusion.attention co cannot read a {attention} text without leaking its future; use cross"
+            )
         states = self.text_project(text.states)
         if self.modality is not None:
             states = states + self.modality.weight[1]
@@ -119,8 +134,16 @@ class DualStream(nn.Module):
             every.append(states)
         return self._finish(None, None, states, text.keep, every if layers else None, None)
 
-    def _cross(self, memory: Tensor, keep: Tensor | None, index: Tensor | None, states: Tensor, text: Tokens,
-               mask: Tensor | None, layers: bool) -> Fused:
+    def _cross(
+        self,
+        memory: Tensor,
+        keep: Tensor | None,
+        index: Tensor | None,
+        states: Tensor,
+        text: Tokens,
+        mask: Tensor | None,
+        layers: bool,
+    ) -> Fused:
         if self.order is not None:
             memory, keep = gather_images(memory, keep, index)
             memory, index = add_order(memory, index, self.order), None
@@ -131,8 +154,16 @@ class DualStream(nn.Module):
             every.append(states)
         return self._finish(None, None, states, text.keep, every if layers else None, None)
 
-    def _co(self, memory: Tensor, keep: Tensor | None, index: Tensor | None, states: Tensor, text: Tokens,
-            mask: Tensor | None, layers: bool) -> Fused:
+    def _co(
+        self,
+        memory: Tensor,
+        keep: Tensor | None,
+        index: Tensor | None,
+        states: Tensor,
+        text: Tokens,
+        mask: Tensor | None,
+        layers: bool,
+    ) -> Fused:
         seen, keep = gather_images(memory, keep, index)
         seen = add_order(seen, index, self.order)
         image_mask = attention_mask(keep)
@@ -147,8 +178,15 @@ class DualStream(nn.Module):
             every.append(states)
         return self._finish(seen, keep, states, text.keep, every if layers else None, every_image if layers else None)
 
-    def _finish(self, image: Tensor | None, image_keep: Tensor | None, states: Tensor, keep: Tensor | None,
-                every: list[Tensor] | None, every_image: list[Tensor] | None) -> Fused:
+    def _finish(
+        self,
+        image: Tensor | None,
+        image_keep: Tensor | None,
+        states: Tensor,
+        keep: Tensor | None,
+        every: list[Tensor] | None,
+        every_image: list[Tensor] | None,
+    ) -> Fused:
         states = self.final_norm(states)
         seen = None
         if image is not None and len(self.image_blocks) == len(self.blocks):

@@ -64,8 +64,15 @@ class SingleStream(nn.Module):
         else:
             load_bert(self, self.config.init, embeddings=False, first=self.config.init_layer)
 
-    def forward(self, image: Tokens | None, text: Tokens | None, image_index: Tensor | None = None,
-                attention: AttentionKind = "full", prefix: Tensor | None = None, layers: bool = False) -> Fused:
+    def forward(
+        self,
+        image: Tokens | None,
+        text: Tokens | None,
+        image_index: Tensor | None = None,
+        attention: AttentionKind = "full",
+        prefix: Tensor | None = None,
+        layers: bool = False,
+    ) -> Fused:
         """Image states [B, N, D] at rows ``image_index`` with text states [M, L, D] -> Fused of M rows.
 
         Under "causal" and "prefix" attention all tokens see the image and the text's prefix, and text tokens the words
@@ -93,7 +100,9 @@ class SingleStream(nn.Module):
             states = block(states, mask)
             every.append(states)
         states = self.final_norm(states)
-        return self._split(states, keep, num_image, image is not None, text is not None, tuple(every) if layers else None)
+        return self._split(
+            states, keep, num_image, image is not None, text is not None, tuple(every) if layers else None
+        )
 
     def _mask(self, keep: Tensor, num_image: int, attention: AttentionKind, prefix: Tensor | None) -> Tensor | None:
         if attention == "full":
@@ -105,8 +114,15 @@ class SingleStream(nn.Module):
             length = length + prefix
         return attention_mask(keep, "prefix", length)
 
-    def _split(self, states: Tensor, keep: Tensor, num_image: int, has_image: bool, has_text: bool,
-               every: tuple[Tensor, ...] | None) -> Fused:
+    def _split(
+        self,
+        states: Tensor,
+        keep: Tensor,
+        num_image: int,
+        has_image: bool,
+        has_text: bool,
+        every: tuple[Tensor, ...] | None,
+    ) -> Fused:
         image = text = None
         if has_image:
             layers = None if every is None else tuple(x[:, :num_image] for x in every)

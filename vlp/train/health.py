@@ -1,4 +1,4 @@
-"""Says in words what a training run shows: chance levels at the start, a loss that stays there, a loader that is slow."""
+"""Says in words what a run shows: chance levels at the start, a loss that stays there, a loader that is slow."""
 
 from __future__ import annotations
 
@@ -50,10 +50,14 @@ class Watch:
             chance = self.chances.get(name)
             if chance is not None and seen >= self.patience and loss > AT_CHANCE * chance and name not in self._said:
                 self._said.add(name)
-                found.append(f"{name.upper()} is still at chance after {seen:,} samples ({loss:.3f}, chance {chance:.3f}); "
-                             "check the captions, the learning rate and the initial weights")
+                found.append(
+                    f"{name.upper()} is still at chance after {seen:,} samples ({loss:.3f}, chance {chance:.3f}); "
+                    "check the captions, the learning rate and the initial weights"
+                )
         if 1 - wait_share < SLOW_LOADER and "loader" not in self._said:
             self._said.add("loader")
-            found.append(f"the loader delivers {100 * (1 - wait_share):.0f} % of what the model could eat; "
-                         "raise data.workers, or store smaller images")
+            found.append(
+                f"the loader delivers {100 * (1 - wait_share):.0f} % of what the model could eat; "
+                "raise data.workers, or store smaller images"
+            )
         return found

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from vlp.data import transforms
 from objectives.base import Draw
+from vlp.data import transforms
 from vlp.data.records import BadSample
 from vlp.data.transforms import (
     EvalTransform,
