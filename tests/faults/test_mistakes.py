@@ -239,6 +239,14 @@ def test_resumed_as_something_else(finished, fail, tmp_path, flags, said):
     assert tree(folder) == before
 
 
+def test_the_average_of_the_weights_is_loaded_on_request(finished):
+    from vlp import load
+
+    last, average = load(finished).model.state_dict(), load(finished, average=True).model.state_dict()
+    assert last.keys() == average.keys()
+    assert any(not torch.equal(last[name], average[name]) for name in last)
+
+
 def test_a_torn_checkpoint(finished, fail, tmp_path):
     """Loaded by name it is refused, and the whole one beside it is named; of a run, all must be torn."""
     folder = tmp_path / "run"

@@ -49,6 +49,7 @@ def load(
     config: Mapping[str, Any] | None = None,
     allow_missing: Iterable[str] = (),
     ignore: Iterable[str] = (),
+    average: bool = False,
 ) -> Loaded:
     """Load a model that is ready to embed, match, answer, caption and classify.
 
@@ -60,13 +61,14 @@ def load(
         config: settings laid over the stored ones, such as ``{"model": {"vision": {"image_size": 384}}}``.
         allow_missing: patterns of weights that need not be stored.
         ignore: patterns of stored weights to leave out.
+        average: take the moving average of the weights (``train.optim.ema``) instead of the last ones.
 
     Raises:
         ValueError: there is no such checkpoint, it is torn, or its weights do not fit the model; one line.
     """
     place, kind = _device(device), _dtype(dtype)
     with _local(str(source)) as folder:
-        state = read_weights(folder)  # first, because it finds torn checkpoints
+        state = read_weights(folder, average=average)  # first, because it finds torn checkpoints
         settings = read_loaded_config(folder, config)
         tokenizer = load_tokenizer(folder)
         size = tokenizer.vocabulary.size

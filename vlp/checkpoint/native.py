@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 WEIGHTS = "model.safetensors"
+AVERAGE = "ema.safetensors"
 CONFIG = "config.yaml"
 
 
@@ -133,22 +134,25 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name in aliases(model)}
 
 
-def read_weights(folder: str | Path, verify: bool = False) -> dict[str, Tensor]:
+def read_weights(folder: str | Path, verify: bool = False, average: bool = False) -> dict[str, Tensor]:
     """Return the stored weights by name, on the CPU.
 
     Args:
         folder: a checkpoint folder, checked against its manifest.
         verify: hash large files too.
+        average: the moving average of the weights (``train.optim.ema``) instead.
 
     Raises:
-        ValueError: the checkpoint is torn; the message names a whole one beside it.
+        ValueError: the checkpoint is torn, where the message names a whole one beside it; or it holds no average.
     """
-    folder = Path(folder)
+    folder, name = Path(folder), AVERAGE if average else WEIGHTS
     check_whole(folder, verify)
+    if average and not (folder / name).is_file():
+        raise ValueError(f"checkpoint {folder} holds no average of its weights; train with train.optim.ema 0.999, say")
     try:
-        return load_file(folder / WEIGHTS)
+        return load_file(folder / name)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {folder}: {WEIGHTS} cannot be read: {error}; write or copy it again") from error
+        raise ValueError(f"checkpoint {folder}: {name} cannot be read: {error}; write or copy it again") from error
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from objectives.collectives import rank, world_size
-from vlp.checkpoint.native import CONFIG, find_checkpoint, save_checkpoint
+from vlp.checkpoint.native import AVERAGE, CONFIG, find_checkpoint, save_checkpoint, weights_of
 from vlp.config import Config, to_yaml
 from vlp.train.step import NonFiniteError, TrainStep
 
@@ -57,15 +58,13 @@ class TrainState:
         if rank() == 0:
             buffer = io.BytesIO()
             torch.save({"seen": seen, "meter": dict(meter), **self.step.state_dict()}, buffer)
-            card = model_card(self.parts.run, metrics, self.command, self.parts.model)
-            save_checkpoint(
-                self.latest,
-                self.parts.model,
-                self.parts.run,
-                self.parts.tokenizer,
-                card,
-                {STATE_FILE: buffer.getvalue()},
-            )
+            extra: dict[str, bytes | Mapping[str, Tensor]] = {STATE_FILE: buffer.getvalue()}
+            if self.step.average is not None:
+                extra[AVERAGE] = weights_of(self.step.average.module)
+            reader = self.parts.reader
+            data = None if reader is None else {"samples": len(reader), "fingerprint": reader.fingerprint}
+            card = model_card(self.parts.run, metrics, self.command, self.parts.model, data=data)
+            save_checkpoint(self.latest, self.parts.model, self.parts.run, self.parts.tokenizer, card, extra)
             self._clean()
         if world_size() > 1:
             dist.barrier()
