@@ -129,9 +129,9 @@ def lead(loaded: Loaded) -> str:
     """Return what the report is about, in a paragraph."""
     million = sum(p.numel() for p in loaded.model.parameters()) / 1e6
     return (
-        f"A model of {million:.1f} million parameters learned from emoji in two drawing styles and their names. It "
-        "looks for emoji by name, and for names by emoji, in a third style that it never saw; it learns to answer questions "
-        "about coloured shapes, and to write the names."
+        f"A model of {million:.1f} million parameters learned from emoji in two drawing styles and their names. "
+        "It looks for emoji by name, and for names by emoji, in a third style that it never saw; "
+        "it learns to answer questions about coloured shapes, and to write the names."
     )
 
 
