@@ -129,10 +129,7 @@ def train(
                 meter.add(report)
                 last = config.samples - seen < world_size()  # a step needs a sample per rank
                 if meter.steps >= config.log_every or last:
-                    record = meter.record()
-                    log.write(record)
-                    for sentence in watch.look(seen, losses_of(record), record["wait_share"]):
-                        logger.warning(sentence)
+                    tell(meter.record(), log, watch)
                 due = config.save_every is not None and seen // config.save_every > report.started // config.save_every
                 stopping = agreed(stop.is_set())
                 if due or last or stopping:
@@ -147,6 +144,13 @@ def train(
         log.close()
     loader.report_bad()
     return Outcome(state.latest, seen, config.samples - seen < world_size())
+
+
+def tell(record: Mapping[str, Any], log: RunLog, watch: Watch) -> None:
+    """Write a record, and say in words what it shows."""
+    log.write(record)
+    for sentence in watch.look(record["seen"], losses_of(record), record["wait_share"]):
+        logger.warning(sentence)
 
 
 def open_loader(parts: Parts, prepare: Prepare) -> Loader:
