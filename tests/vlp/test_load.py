@@ -185,7 +185,8 @@ def test_images_of_every_kind(loaded: vlp.Loaded, images: list[Image.Image], tmp
     images[0].save(tmp_path / "a.png")
     given = [images[0], tmp_path / "a.png", str(tmp_path / "a.png"), images[0].convert("RGBA")]
     found = loaded.embed_images(given)
-    assert all(torch.equal(row, found[0]) for row in found)
+    # Equal pixels; the place in the batch may change the last bits of a matrix product.
+    torch.testing.assert_close(found, found[:1].expand_as(found), rtol=0, atol=1e-6)
     others = [images[0].convert(mode) for mode in ("L", "1", "P", "LA", "CMYK")]
     assert loaded.embed_images(others).isfinite().all()
     torch.testing.assert_close(loaded.embed_images([others[0]]), loaded.embed_images([others[0].convert("RGB")]))
