@@ -63,7 +63,7 @@ class DemoConfig(Config):
     """Samples of pretraining; the recipe's ramps are stretched with it."""
     vqa: int = Field(default=48_000, ge=0)
     """Samples of VQA finetuning, 0 = leave VQA out."""
-    captioning: int = Field(default=20_000, ge=0)
+    captioning: int = Field(default=40_000, ge=0)
     """Samples of captioning finetuning, 0 = leave captioning out."""
     seed: int = 0
     """Of initial weights, data order, masks and negatives."""

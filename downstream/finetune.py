@@ -138,11 +138,11 @@ def finetune_table(run: FinetuneConfig, done: Finetuned) -> Table | None:
 def take_weights(model: Model, source: Model) -> LoadReport:
     """Fill a model from a pretrained one: everything that still exists, in the same shape.
 
-    A new decoder's blocks begin as the fusion's where the shapes agree (Li et al. 2021, ALBEF, section 4, for VQA). An
-    answer head is only taken over with its answers.
+    A new decoder's blocks begin as the fusion's where the shapes agree (Li et al. 2021, ALBEF, section 4), a new word
+    head as that of masked words. An answer head is only taken over with its answers.
     """
     state, wanted = dict(source.state_dict()), model.state_dict()
-    taken = dict(_from_fusion(wanted, state))
+    taken = dict(_begun_as(wanted, state))
     state |= taken
     ignore = [name for name, tensor in state.items() if name in wanted and _differs(name, tensor, wanted[name])]
     for name, one in model.objective_configs.items():
@@ -151,15 +151,15 @@ def take_weights(model: Model, source: Model) -> LoadReport:
             ignore.append(f"objectives.{name}.*")
     report = load_weights(model, state, strict=False, ignore=ignore)
     if taken:
-        logger.info("the decoder's %d new weights begin as the fusion's", len(taken))
+        logger.info("%d new weights of %s begin as those of fusion or mlm", len(taken), ", ".join(part_names(taken)))
     return report
 
 
-def _from_fusion(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-    """Weights of a decoder that the source does not have, by their names in its fusion."""
+def _begun_as(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+    """Weights of new parts that the source has in another of the same shape, by their new names."""
     for name, tensor in wanted.items():
-        if name.startswith("decoder.") and name not in state:
-            found = state.get("fusion." + name.removeprefix("decoder."))
+        for new, old in (("decoder.", "fusion."), ("objectives.lm.", "objectives.mlm.")):
+            found = state.get(old + name.removeprefix(new)) if name.startswith(new) and name not in state else None
             if found is not None and found.shape == tensor.shape:
                 yield name, found
 
