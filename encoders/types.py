@@ -92,11 +92,9 @@ class Batch:
         """Return the batch with every tensor on ``device``; the copies do not block."""
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin(self) -> Batch:
-        """Return the batch with every tensor in page-locked memory."""
+    def pin_memory(self) -> Batch:
+        """Return the batch with every tensor in page-locked memory; torch's DataLoader looks for this name."""
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
-
-    pin_memory = pin  # the name that torch's DataLoader looks for
 
     @property
     def num_images(self) -> int:

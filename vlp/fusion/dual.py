@@ -121,22 +121,15 @@ class DualStream(nn.Module):
             states = states + self.modality.weight[1]
         mask = attention_mask(text.keep, attention, prefix, states.shape[1], states.device)
         if image is None:
-            return self._text_only(states, text, mask, layers)
+            return self._cross(None, None, None, states, text, mask, layers)
         memory = self.image_project(image.states)
         if self.modality is not None:
             memory = memory + self.modality.weight[0]
         return (self._co if self.co else self._cross)(memory, image.keep, image_index, states, text, mask, layers)
 
-    def _text_only(self, states: Tensor, text: Tokens, mask: Tensor | None, layers: bool) -> Fused:
-        every = [states]
-        for block in self.blocks:
-            states = block(states, mask)
-            every.append(states)
-        return self._finish(None, None, states, text.keep, every if layers else None, None)
-
     def _cross(
         self,
-        memory: Tensor,
+        memory: Tensor | None,
         keep: Tensor | None,
         index: Tensor | None,
         states: Tensor,
@@ -144,7 +137,7 @@ class DualStream(nn.Module):
         mask: Tensor | None,
         layers: bool,
     ) -> Fused:
-        if self.order is not None:
+        if memory is not None and self.order is not None:
             memory, keep = gather_images(memory, keep, index)
             memory, index = add_order(memory, index, self.order), None
         memory_mask = attention_mask(gather_keep(keep, index))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ from vlp.train.health import Watch, chance_levels
 from vlp.train.log import RunLog
 from vlp.train.optim import OptimConfig
 from vlp.train.state import TrainState, write_config
-from vlp.train.step import NonFiniteError, StepReport, TrainStep
+from vlp.train.step import NonFiniteError, Precision, StepReport, TrainStep
 
 if TYPE_CHECKING:
     from vlp.run import Parts
@@ -43,7 +43,7 @@ class TrainConfig(Config):
     """Largest batch that one rank runs at a time; the rest of its share is accumulated, exactly also for ITC."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """Optimizer and schedule."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """`auto`: bf16 autocast on CUDA, fp32 elsewhere."""
     compile: bool = False
     """torch.compile the encoders and the fusion (GPU)."""
@@ -124,9 +124,8 @@ def train(
     try:
         with stop_signal() as stop:
             for batches in timed(loader.steps(seen, config.samples), meter):
-                report = step(batches)
+                meter.add(report := step(batches))
                 seen = report.seen
-                meter.add(report)
                 last = config.samples - seen < world_size()  # a step needs a sample per rank
                 if meter.steps >= config.log_every or last:
                     tell(meter.record(), log, watch)
