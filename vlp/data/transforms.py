@@ -2,6 +2,7 @@
 
 Everything stays uint8 [3, H, W] (RGB); the encoder normalises. Random choices come from a NumPy generator that the
 caller keys by the sample's position, so that an augmented image is a pure function of that position.
+How the published models prepare their images stands in ``vlp.data.presets``.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from encoders.types import Images
 from vlp.config import Config
 from vlp.data.records import BadSample
 
@@ -30,6 +32,7 @@ except ImportError:
     torchvision_decode = None
 
 _ORIENTATION = 0x0112  # EXIF tag
+_LONGEST = 1333 / 800  # of the shorter side; Faster R-CNN's bound, which Pixel-BERT and ViLT keep
 _SIDES = re.compile(r"\b(left|right)([ -]?(hand(ed)?|most|wards?|side))?\b", re.IGNORECASE)
 
 
@@ -112,8 +115,19 @@ class ImageTransformConfig(Config):
     resize: Literal["squash", "shortest", "longest"] = "squash"
     """Squash ignores the aspect ratio; shortest scales the shorter side and cuts the centre; longest scales the longer
     side and pads."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Interpolation of every resize, with antialiasing."""
+    interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest", "box", "hamming"] = "bicubic"
+    """Interpolation of every resize; torch knows the first two."""
+    antialias: bool = True
+    """Blur before shrinking; Pillow always does."""
+    resampler: Literal["torch", "pillow"] = "torch"
+    """Pillow is what published models were evaluated with; torch is faster and rounds some pixels to the next level."""
+    crop: Literal["round", "floor", "none"] = "round"
+    """How the corner of the central crop is rounded: as torchvision or as transformers does it; none = no crop, which
+    with resize shortest gives images of different sizes."""
+    crop_share: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Side of the central crop over the side that images are scaled to before it; less than 1 cuts the border off."""
+    multiple: int | None = Field(default=None, ge=1)
+    """shortest: hold the longer side to 1333/800 of image_size, and round both sides down to multiples of this."""
     fill: int = Field(default=255, ge=0, le=255)
     """Grey level of pixels that padding, rotation or shearing uncovers."""
     crop_scale: tuple[float, float] | None = None
@@ -135,6 +149,16 @@ class ImageTransformConfig(Config):
         assert self.image_size is not None, "settle(run) takes it from the vision encoder"
         return self.image_size
 
+    @field_validator("resampler")
+    @classmethod
+    def _check_resampler(cls, value: str, info: ValidationInfo) -> str:
+        interpolation, antialias = info.data.get("interpolation"), info.data.get("antialias")
+        if value == "torch" and interpolation not in (None, "bicubic", "bilinear"):
+            raise ValueError(f"torch has no interpolation {interpolation}; use pillow, or bicubic or bilinear")
+        if value == "pillow" and antialias is False:
+            raise ValueError("pillow always antialiases; set antialias true, or use torch")
+        return value
+
     @field_validator("crop_scale")
     @classmethod
     def _check_crop_scale(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -144,7 +168,7 @@ class ImageTransformConfig(Config):
 
 
 class EvalTransform:
-    """Resize only: uint8 [3, H, W] to uint8 [3, image_size, image_size]."""
+    """Resize only: uint8 [3, H, W] to uint8 [3, image_size, image_size], or other sizes where nothing is cropped."""
 
     def __init__(self, config: ImageTransformConfig):
         self.config = config
@@ -196,19 +220,88 @@ def _mode(config: ImageTransformConfig) -> InterpolationMode:
 
 
 def resize(image: Tensor, config: ImageTransformConfig) -> Tensor:
-    """Bring uint8 [3, H, W] to [3, image_size, image_size] by ``config.resize``."""
-    side = config.side
+    """Bring uint8 [3, H, W] to [3, image_size, image_size] by ``config.resize``.
+
+    Where ``config.crop`` is none, ``shortest`` gives [3, h, w] with the image's own aspect ratio.
+    """
     height, width = image.shape[-2:]
+    if config.resize == "longest":
+        return _letterbox(image, config)
+    side = round(config.side / config.crop_share)
     if config.resize == "squash":
-        return F.resize(image, [side, side], _mode(config), antialias=True)
-    if config.resize == "shortest":
-        scaled = F.resize(image, [side], _mode(config), antialias=True)
-        return F.center_crop(scaled, [side, side])
-    scale = side / max(height, width)
-    new = [max(1, round(height * scale)), max(1, round(width * scale))]
+        size = [side, side]
+    elif config.multiple is not None:
+        size = _bounded_size(height, width, side, config.multiple)
+    else:
+        size = [side * height // width, side] if width <= height else [side, side * width // height]
+    scaled = _scale(image, size, config)
+    return scaled if config.crop == "none" else _center_crop(scaled, config.side, config.crop)
+
+
+def pad_images(images: Sequence[Tensor], patch_size: int) -> Images:
+    """Stack images of one or several sizes.
+
+    Args:
+        images: uint8 [3, h, w] each, h and w multiples of ``patch_size``.
+        patch_size: Side of the encoder's patches in pixels.
+
+    Returns:
+        pixels [B, 3, H, W] of the largest height and width, smaller images at the top left; keep [B, P], row by row of
+        the H / patch_size x W / patch_size grid, True where a patch is image, or None if all images have one size.
+    """
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    if all(image.shape[1:] == (height, width) for image in images):
+        return Images(torch.stack([image.contiguous() for image in images]))
+    pixels = torch.zeros(len(images), 3, height, width, dtype=images[0].dtype)
+    keep = torch.zeros(len(images), height // patch_size, width // patch_size, dtype=torch.bool)
+    for row, image in enumerate(images):
+        _, h, w = image.shape
+        assert h % patch_size == w % patch_size == 0, f"{h} x {w} pixels are no whole patches of side {patch_size}"
+        pixels[row, :, :h, :w] = image
+        keep[row, : h // patch_size, : w // patch_size] = True
+    return Images(pixels, keep.flatten(1))
+
+
+def _scale(image: Tensor, size: list[int], config: ImageTransformConfig) -> Tensor:
+    """Resample [3, H, W] to [3, *size]."""
+    if config.resampler == "torch":
+        return F.resize(image, size, _mode(config), antialias=config.antialias)
+    source = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+    scaled = source.resize((size[1], size[0]), Image.Resampling[config.interpolation.upper()])
+    return torch.from_numpy(np.array(scaled)).permute(2, 0, 1)
+
+
+def _bounded_size(height: int, width: int, shorter: int, multiple: int) -> list[int]:
+    """Size by Pixel-BERT's rule: shorter side, bound of the longer side, multiples."""
+    scale = shorter / min(height, width)
+    new = [shorter, scale * width] if height < width else [scale * height, shorter]
+    longest = int(_LONGEST * shorter)
+    if max(new) > longest:
+        scale = longest / max(new)
+        new = [scale * new[0], scale * new[1]]
+    # At least one multiple: of a very long image the reference would leave nothing.
+    return [max(multiple, int(side + 0.5) // multiple * multiple) for side in new]
+
+
+def _center_crop(image: Tensor, side: int, rounding: str) -> Tensor:
+    """The central [3, side, side]; what is missing is black."""
+    places = []
+    for length in image.shape[-2:]:
+        if rounding == "floor":
+            places.append((length - side) // 2)
+        else:
+            places.append(round((length - side) / 2) if length >= side else -((side - length) // 2))
+    return F.crop(image, places[0], places[1], side, side)
+
+
+def _letterbox(image: Tensor, config: ImageTransformConfig) -> Tensor:
+    """Scale the longer side to the image size and pad the shorter one, evenly."""
+    side = config.side
+    ratio = max(image.shape[-2:]) / side
+    new = [max(1, round(length / ratio)) for length in image.shape[-2:]]
     top, left = (side - new[0]) // 2, (side - new[1]) // 2
     padding = [left, top, side - new[1] - left, side - new[0] - top]
-    return F.pad(F.resize(image, new, _mode(config), antialias=True), padding, fill=[float(config.fill)] * 3)
+    return F.pad(_scale(image, new, config), padding, fill=[float(config.fill)] * 3)
 
 
 def _random_crop(
@@ -227,7 +320,7 @@ def _random_crop(
         # An image longer than 4:3 gets the largest central crop of that shape.
         h, w = min(height, max(1, round(width * 4 / 3))), min(width, max(1, round(height * 4 / 3)))
         top, left = (height - h) // 2, (width - w) // 2
-    return F.resized_crop(image, top, left, h, w, [config.side] * 2, _mode(config), antialias=True)
+    return _scale(F.crop(image, top, left, h, w), [config.side] * 2, config)
 
 
 def _jitter(image: Tensor, strength: float, generator: np.random.Generator) -> Tensor:

@@ -1,0 +1,66 @@
+"""Position embeddings of an image grid, resized to another grid as each family does it.
+
+Shapes: N prefix tokens and patches, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+from torch import Tensor, cat
+from torch.nn import functional as F
+
+PositionResize = Literal["bicubic", "bicubic_antialias", "bilinear_corners"]
+"""Interpolation of position embeddings.
+
+bicubic: ALBEF, BLIP, X-VLM, METER, BEiT-3 and transformers' models (between pixel centres, no antialiasing);
+bicubic_antialias: timm and open_clip; bilinear_corners: ViLT, for every batch (corners stay where they are).
+"""
+
+
+def resize_positions(
+    table: Tensor,
+    grid: tuple[int, int],
+    prefix: int = 1,
+    method: PositionResize = "bicubic",
+    stored: tuple[int, int] | None = None,
+) -> Tensor:
+    """Interpolate the patches' rows of a table of position embeddings; the prefix tokens' rows stay.
+
+    Computed in float32; a table of the wanted grid is returned as it is.
+
+    Args:
+        table: [1, N, D] or [N, D], patches row by row.
+        grid: Rows and columns of patches that are wanted.
+        prefix: Rows at the start that belong to no patch: class and register tokens (3 for BEiT-3, whose first two rows
+            are unused).
+        method: The interpolation.
+        stored: Rows and columns of the table's own patches; None = a square.
+
+    Returns:
+        The table with prefix + rows * columns rows, in its own dtype and number of dimensions.
+
+    Raises:
+        ValueError: ``stored`` is not given and the table's patches are no square, or it does not fit the table.
+    """
+    assert table.dim() in (2, 3) and method in get_args(PositionResize), (table.shape, method)
+    patches = table.shape[-2] - prefix
+    side = math.isqrt(max(patches, 0))
+    before = stored or (side, side)
+    if patches < 1 or before[0] * before[1] != patches:
+        shown = f"a {before[0]} x {before[1]} grid" if stored else "a square"
+        raise ValueError(
+            f"position embeddings {tuple(table.shape)} have {patches} rows besides {prefix} of other tokens, "
+            f"which is not {shown}; check the image size and the patch size"
+        )
+    if tuple(before) == tuple(grid):
+        return table
+    rows = table.reshape(-1, table.shape[-1])
+    image = rows[prefix:].float().unflatten(0, before).permute(2, 0, 1)[None]  # [1, D, rows, columns]
+    if method == "bilinear_corners":
+        image = F.interpolate(image, grid, mode="bilinear", align_corners=True)
+    else:
+        image = F.interpolate(image, grid, mode="bicubic", antialias=method == "bicubic_antialias")
+    resized = image[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
+    return cat([rows[:prefix], resized]).view(*table.shape[:-2], -1, table.shape[-1])
