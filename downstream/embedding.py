@@ -93,7 +93,7 @@ def embed_folder(
     """
     path, model = Path(out), loaded.model
     _check_suffix(path)
-    if model.image_embed is None:
+    if model.space() is None:
         raise ValueError("this checkpoint has no common space of images and texts; pretrain it with objective itc")
     reader = open_reader(str(source)) if isinstance(source, str | Path) else source
     bad: dict[str, str] = {}

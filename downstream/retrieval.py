@@ -141,7 +141,7 @@ class RetrievalConfig(TaskConfig):
 
     def lacks(self, model: Model) -> str | None:
         """Retrieval takes embeddings, or a matching head."""
-        if model.image_embed is None and matching_head(model) is None:
+        if model.space() is None and matching_head(model) is None:
             return "a contrastive embedding (objective itc) or a matching head (objective itm)"
         return None
 
@@ -194,15 +194,14 @@ class RetrievalConfig(TaskConfig):
     def search(self, model: Model, gallery: Gallery, bad: dict[str, str]) -> Found:
         """Do what ``find`` does on an open gallery; unusable images leave it and are added to ``bad``."""
         embedded = None
-        if model.image_embed is not None and gallery.num_images and gallery.num_texts:
+        if (space := model.space()) is not None and gallery.num_images and gallery.num_texts:
             images, texts, broken = embed_gallery(model, gallery, self.batch)
             if broken:
                 bad |= {gallery.image_keys[n]: reason for n, reason in broken.items()}
                 kept = [n for n in range(gallery.num_images) if n not in broken]
                 images, texts = images[kept], texts[gallery.texts_of(kept)]
                 gallery = gallery.without(broken)
-            assert model.logit_scale is not None
-            embedded = images, texts, model.logit_scale.detach().float().exp().item()
+            embedded = images, texts, space.logit_scale.detach().float().exp().item()
         if not gallery.num_images or not gallery.num_texts:
             raise ValueError(no_labels("val", gallery.num_images + len(bad), bad))
         own = torch.arange(gallery.num_images)

@@ -380,5 +380,6 @@ def _answer_writer(model: Model) -> str | None:
 
 def _blanked(batch: Batch) -> Batch:
     """The batch with grey images."""
-    grey = {view: Images(torch.full_like(images.pixels, 128)) for view, images in batch.images.items()}
+    pixels = {view: one.pixels for view, one in batch.images.items() if isinstance(one, Images)}
+    grey = {view: Images(torch.full_like(one, 128)) for view, one in pixels.items()}
     return replace(batch, images=grey)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,28 @@ class Images:
     """[B, P] bool, patches that hold image (None = all)."""
     masked: Tensor | None = None
     """[B, P] bool, patches to replace by the mask token (None = none)."""
+
+
+@dataclass(frozen=True)
+class Regions:
+    """One view of a step's images as a detector saw them: features and boxes of R regions."""
+
+    features: Tensor
+    """[B, R, F] float."""
+    boxes: Tensor
+    """[B, R, G] float, the geometry that the encoder's recipe names (4, 5, 6 or 7 values)."""
+    keep: Tensor | None = None
+    """[B, R] bool, real regions (None = all)."""
+    masked: Tensor | None = None
+    """[B, R] bool, regions whose features are hidden (None = none)."""
+    segments: Tensor | None = None
+    """[B, R] int64 segment ids (None = the encoder's own)."""
+    positions: Tensor | None = None
+    """[B, R] or [B, R, A] int64, text positions that a region is aligned with, -1 = none (VisualBERT on VCR)."""
+
+
+Vision: TypeAlias = Images | Regions
+"""What a vision encoder may be given."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +90,7 @@ class Tokens:
 class Batch:
     """One step's input on one rank. Texts may be more than images; either may be missing."""
 
-    images: Mapping[str, Images] = field(default_factory=dict)
+    images: Mapping[str, Images | Regions] = field(default_factory=dict)
     """By view: "clean", "masked"."""
     texts: Mapping[str, Texts] = field(default_factory=dict)
     """By view: "clean", "masked", "causal", "prefix" or "objective:name"."""
@@ -99,7 +121,10 @@ class Batch:
     @property
     def num_images(self) -> int:
         """Images of this rank."""
-        return next(iter(self.images.values())).pixels.shape[0] if self.images else 0
+        if not self.images:
+            return 0
+        first = next(iter(self.images.values()))
+        return (first.pixels if isinstance(first, Images) else first.features).shape[0]
 
     @property
     def num_texts(self) -> int:
@@ -137,6 +162,6 @@ def _map_tensors(tree: Tree, function: Any) -> Tree:
         return function(tree)
     if isinstance(tree, Mapping):
         return {name: _map_tensors(value, function) for name, value in tree.items()}  # type: ignore[return-value]
-    if isinstance(tree, Images | Texts | Batch):
+    if isinstance(tree, Images | Regions | Texts | Batch):
         return replace(tree, **{f.name: _map_tensors(getattr(tree, f.name), function) for f in fields(tree)})
     return tree

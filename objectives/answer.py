@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encoders.types import Batch
-from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results
+from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side
 from objectives.heads import MlpHead
 from vlp.config import Config
 
@@ -31,7 +31,7 @@ class AnswerConfig(Config):
     """Width inside the head; None = 2 x pooled."""
 
     trains_embed: ClassVar[bool] = False
-    reads_pooled: ClassVar[bool] = True
+    reads: ClassVar[frozenset[Side]] = frozenset({"pooled"})
 
     def build(self, spec: ModelSpec) -> Answer:
         """Build the objective.

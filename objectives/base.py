@@ -9,13 +9,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from encoders.types import AttentionKind, Batch, Modality, Tokens, Vocabulary
+
+MAIN = "main"
+"""Name of the usual branch and of its contrastive space."""
+
+Side: TypeAlias = Literal["image", "text", "pooled"]
+"""What of a :class:`Fused` is read."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,10 @@ class Encode:
 
     modality: Modality
     view: str = "clean"
+    branch: str = MAIN
+    """Which way through a stack that has several (VLMo: its vision-language feed-forward on one modality alone)."""
+    teacher: bool = False
+    """By the momentum teacher, without gradient."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,10 @@ class Embed:
 
     modality: Modality
     view: str = "clean"
+    branch: str = MAIN
+    """Which space; its encode is of the same branch."""
+    teacher: bool = False
+    """By the momentum teacher, without gradient."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,8 @@ class Fuse:
     image: str | None = "clean"
     text: str | None = "clean"
     rows: str | None = None
+    teacher: bool = False
+    """By the momentum teacher, without gradient."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,8 @@ class Decode:
 
     memory: Encode | Fuse
     text: str = "causal"
+    teacher: bool = False
+    """By the momentum teacher, without gradient; its memory is then the teacher's too."""
 
 
 Pass: TypeAlias = Encode | Embed | Fuse | Decode
@@ -210,25 +228,33 @@ class ModelSpec:
 
 
 class Results(dict[Pass, Any]):
-    """Results of the passes by name, with the model's temperature."""
+    """Results of the passes by name, with the model's temperatures."""
 
-    logit_scale: Tensor | None = None
-    """[1], log of the inverse temperature."""
+    scales: Mapping[str, Tensor]
+    """[1] each, log of the inverse temperature, by contrastive space."""
+    biases: Mapping[str, Tensor]
+    """[1] each, bias of the logits, of the spaces that have one (SigLIP)."""
     rows: Mapping[str, Rows]
     """The rows that objectives gave in this step, by name."""
+    teacher_heads: Mapping[str, nn.Module] | nn.ModuleDict
+    """The momentum copies of objectives' heads, by objective; empty without a teacher."""
 
-    def __init__(self, logit_scale: Tensor | None = None) -> None:
+    def __init__(self, scales: Mapping[str, Tensor] | None = None, biases: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
-        self.logit_scale = logit_scale
-        self.rows = {}
+        self.scales, self.biases = scales or {}, biases or {}
+        self.rows, self.teacher_heads = {}, {}
 
 
 class Objective(nn.Module):
     """tokens -> loss. A subclass sets ``needs`` (and ``views``) in its constructor.
 
     ``needs`` are the passes it reads, ``views`` how its text views are made. Its config says by class variables whether
-    the contrastive projections get their gradient from it (``trains_embed``) and whether it reads ``Fused.pooled``.
+    the contrastive projections get their gradient from it (``trains_embed``) and which sides of a fusion it reads
+    (``reads``).
     """
+
+    teaches_head = False
+    """Whether the momentum teacher keeps a copy of its head, ``results.teacher_heads[name]``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,6 +272,12 @@ class Objective(nn.Module):
     def chance(self, candidates: int) -> float | None:
         """Return the loss of guessing by the label prior, with ``candidates`` pairs per step; None if unknown."""
         return None
+
+    def before_step(self) -> None:
+        """Bring what it learns back into its bounds, before the forward of an optimizer step."""
+
+    def after_step(self) -> None:
+        """Keep what a finished optimizer step leaves for the next (a queue of features)."""
 
     def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
         raise AssertionError(f"{type(self).__name__} does not define forward")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from encoders.types import Batch
-from objectives.base import Draw, Embed, LossOutput, ModelSpec, Objective, Results
+from objectives.base import MAIN, Draw, Embed, LossOutput, ModelSpec, Objective, Results, Side
 from objectives.collectives import gather_grad_to_all
 from objectives.pairs import Positives, true_pairs
 from vlp.config import Config
@@ -29,13 +29,15 @@ class ItcConfig(Config):
     """Weight of this loss in the sum."""
     positives: Positives = "id_or_caption"
     """Which pairs count as true: each text's own image; also images of equal id; also captions of equal words."""
+    branch: str = MAIN
+    """Which contrastive space; of a further one, `model.embed.branches` names it."""
     min_scale: float = 1.0
     """Smallest logit scale."""
     max_scale: float = 100.0
     """Largest logit scale, the inverse of the smallest temperature."""
 
     trains_embed: ClassVar[bool] = True
-    reads_pooled: ClassVar[bool] = False
+    reads: ClassVar[frozenset[Side]] = frozenset()
 
     def build(self, spec: ModelSpec) -> Itc:
         """Build the objective."""
@@ -48,7 +50,8 @@ class Itc(Objective):
     def __init__(self, config: ItcConfig) -> None:
         super().__init__()
         self.config = config
-        self.needs = frozenset({Embed("image"), Embed("text")})
+        self.image, self.text = (Embed(modality, branch=config.branch) for modality in ("image", "text"))
+        self.needs = frozenset({self.image, self.text})
 
     def count(self, batch: Batch) -> float:
         return float(batch.num_images)
@@ -61,9 +64,8 @@ class Itc(Objective):
 
         The sum over ranks, weighted by their counts, is the loss of the joined batch.
         """
-        image, text = results[Embed("image")], results[Embed("text")]
-        scale = results.logit_scale
-        assert scale is not None
+        image, text = results[self.image], results[self.text]
+        scale = results.scales[self.config.branch]
         with torch.no_grad():  # as the references do: the parameter itself never leaves its bounds
             scale.clamp_(math.log(self.config.min_scale), math.log(self.config.max_scale))
         sizes = batch.counts

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from encoders.layers import initialise
 from encoders.types import Batch
-from objectives.base import Draw, Embed, Fuse, LossOutput, ModelSpec, Objective, Results, Rows
+from objectives.base import MAIN, Draw, Embed, Fuse, LossOutput, ModelSpec, Objective, Results, Rows, Side
 from objectives.itc import similarities
 from objectives.pairs import Positives, image_of_text, true_pairs
 from vlp.config import Config
@@ -45,7 +45,7 @@ class ItmConfig(Config):
     """Samples from which negatives are drawn by similarity alone; between the two the weights are mixed linearly."""
 
     trains_embed: ClassVar[bool] = False
-    reads_pooled: ClassVar[bool] = True
+    reads: ClassVar[frozenset[Side]] = frozenset({"pooled"})
 
     def build(self, spec: ModelSpec) -> Itm:
         """Build the objective.
@@ -115,8 +115,7 @@ class Itm(Objective):
         mix = self._hardness(batch.seen) if self.hard else 0.0
         if mix == 0.0:
             return even_text, even_image
-        assert results.logit_scale is not None
-        logits = similarities(results[Embed("image")], results[Embed("text")], results.logit_scale)
+        logits = similarities(results[Embed("image")], results[Embed("text")], results.scales[MAIN])
         hard_text = self._hard(logits, by_image)
         hard_image = self._hard(logits.T, by_text)
         return _blend(even_text, hard_text, mix), _blend(even_image, hard_image, mix)

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from encoders.types import AttentionKind, Batch, Vocabulary
-from objectives.base import Decode, Draw, Encode, Fuse, LossOutput, ModelSpec, Objective, Pass, Results, ViewText
+from objectives.base import Decode, Draw, Encode, Fuse, LossOutput, ModelSpec, Objective, Pass, Results, Side, ViewText
 from objectives.heads import VocabularyHead
 from objectives.mlm import count_labels, word_loss
 from vlp.config import Config
@@ -35,7 +35,7 @@ class LmConfig(Config):
     """The output words are the text encoder's word embedding."""
 
     trains_embed: ClassVar[bool] = False
-    reads_pooled: ClassVar[bool] = False
+    reads: ClassVar[frozenset[Side]] = frozenset()
 
     def build(self, spec: ModelSpec) -> Lm:
         """Build the objective.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encoders.types import AttentionKind, Batch, Vocabulary
-from objectives.base import Draw, Encode, Fuse, LossOutput, ModelSpec, Objective, Results, ViewText
+from objectives.base import Draw, Encode, Fuse, LossOutput, ModelSpec, Objective, Results, Side, ViewText
 from objectives.heads import VocabularyHead, labelled
 from vlp.config import Config
 
@@ -34,7 +34,7 @@ class MlmConfig(Config):
     """The output words are the text encoder's word embedding."""
 
     trains_embed: ClassVar[bool] = False
-    reads_pooled: ClassVar[bool] = False
+    reads: ClassVar[frozenset[Side]] = frozenset({"text"})
 
     def build(self, spec: ModelSpec) -> Mlm:
         """Build the objective."""

@@ -45,7 +45,7 @@ def save(folder: Path, model: Model, extra: Mapping[str, bytes | Mapping[str, Te
 @torch.no_grad()
 def outputs(model: Model, batch: Batch) -> list[Tensor]:
     """What the model says of a batch: embeddings and pooled fused vectors, as far as it has them."""
-    wanted: list[Pass] = [] if model.image_embed is None else [Embed("image"), Embed("text")]
+    wanted: list[Pass] = [] if model.space() is None else [Embed("image"), Embed("text")]
     wanted += [] if model.fusion is None else [Fuse()]
     results = model.eval().run(wanted, batch)
     return [results[one].pooled if isinstance(one, Fuse) else results[one] for one in wanted]

@@ -196,7 +196,7 @@ class PatchColourConfig:
 
     weight: float = 1.0
     trains_embed = False
-    reads_pooled = False
+    reads = frozenset()
 
     def build(self, spec: ModelSpec) -> PatchColour:
         return PatchColour()

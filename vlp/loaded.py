@@ -23,7 +23,7 @@ from objectives.itm import Itm
 from objectives.lm import Lm
 from vlp.config import build
 from vlp.data.batch import pad_texts
-from vlp.data.tokenizer import Tokenizer
+from vlp.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from vlp.data.transforms import EvalTransform, decode_image, rgb_tensor
 from vlp.generate import GenerationConfig, generate_text
 from vlp.model import Model
@@ -38,6 +38,24 @@ AnyImage: TypeAlias = Image.Image | str | Path
 
 
 @dataclass(frozen=True)
+class LazyTokenizer:
+    """A foreign checkpoint's tokenizer, read when text is first needed: its weights alone may be all one has."""
+
+    config: TokenizerConfig
+    """The family's published tokenizer."""
+    folder: Path | None = None
+    """The checkpoint's own folder, where it holds tokenizer files."""
+
+    @cached_property
+    def found(self) -> Tokenizer:
+        """The tokenizer."""
+        try:
+            return build_tokenizer(self.config, ()) if self.folder is None else load_tokenizer(self.folder)
+        except ValueError as error:
+            raise ValueError(f"{error}; or give vlp.load(..., tokenizer=FOLDER)") from error
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A model ready for use. Tensors that its methods return are float32 on the CPU.
 
@@ -47,12 +65,21 @@ class Loaded:
 
     model: Model
     """In evaluation mode."""
-    tokenizer: Tokenizer
-    """Text to ids and back."""
+    words: Tokenizer | LazyTokenizer
+    """The tokenizer, or where it is to be found."""
     config: LoadedConfig
     """The stored config of model, objectives and data."""
     report: LoadReport
     """What became of the stored weights."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to ids and back.
+
+        Raises:
+            ValueError: a foreign checkpoint's tokenizer is neither beside it nor on the hub (or its cache).
+        """
+        return self.words.found if isinstance(self.words, LazyTokenizer) else self.words
 
     @property
     def device(self) -> torch.device:
@@ -130,8 +157,9 @@ class Loaded:
         image = self.embed_images(images, batch_size=batch_size)
         classes = [template.replace("{}", name) for name in _listed(names, "names")]
         text = self.embed_texts(classes, batch_size=batch_size)
-        assert self.model.logit_scale is not None
-        scale = self.model.logit_scale.detach().float().cpu().exp()
+        space = self.model.space()
+        assert space is not None
+        scale = space.logit_scale.detach().float().cpu().exp()
         return (scale * image @ text.T).softmax(1)
 
     @property
@@ -161,7 +189,7 @@ class Loaded:
         return [self.tokenizer.decode(text) for text in ids]
 
     def _embed(self, wanted: Embed, parts: Iterator[tuple[Sequence[AnyImage] | None, Sequence[str] | None]]) -> Tensor:
-        if self.model.image_embed is None:
+        if self.model.space() is None:
             raise ValueError(
                 f"this checkpoint has no common space of images and texts ({self._objectives}); "
                 "pretrain with objective itc"
@@ -172,7 +200,7 @@ class Loaded:
                 found.append(self._run([wanted], *part)[wanted].float())
         vectors = _stack(found, self.model.config.embed.width)
         # Half precision keeps the norm to three digits only.
-        return vectors if self.model.image_embed.weight.dtype == torch.float32 else F.normalize(vectors, dim=-1)
+        return vectors if next(self.model.parameters()).dtype == torch.float32 else F.normalize(vectors, dim=-1)
 
     def _run(self, passes: Sequence[Pass], images: Sequence[AnyImage] | None, texts: Sequence[str] | None) -> Any:
         """The results of passes over images and texts, by name."""

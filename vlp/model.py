@@ -8,7 +8,6 @@ Shapes: B images, T texts, D width, E embedding.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,10 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from encoders import AnyTextConfig, PatchConfig, TextConfig, VisionConfig
-from encoders.layers import initialise
 from encoders.types import Batch, Modality
 from objectives import ObjectiveConfig
 from objectives.base import (
+    MAIN,
     Decode,
     Draw,
     Embed,
@@ -32,30 +31,22 @@ from objectives.base import (
     Pass,
     Results,
     Rows,
+    Side,
     View,
 )
 from objectives.collectives import sum_no_grad, world_size
 from vlp.config import Config
 from vlp.decoder import Decoder, DecoderConfig
+from vlp.embed import EmbedConfig, EmbedSpace
 from vlp.fusion import Fusion, FusionConfig, NoFusionConfig
 from vlp.fusion.dual import DualStream, DualStreamConfig
 from vlp.parts import part_seed
 from vlp.passes import Step, close, views
+from vlp.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 MODALITIES: tuple[Modality, ...] = ("image", "text")
-
-
-class EmbedConfig(Config):
-    """The contrastive embedding; it exists if an objective trains it."""
-
-    width: int = 256
-    """E, width of the common space."""
-    bias: bool = True
-    """The projections have a bias (ALBEF; CLIP has none)."""
-    temperature: float = Field(0.07, gt=0)
-    """Temperature at the start; learned as a log scale."""
 
 
 class ModelConfig(Config):
@@ -71,6 +62,8 @@ class ModelConfig(Config):
     """Writes text; none = the model does not generate."""
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
     """Common space of image and text."""
+    momentum: float = Field(0.995, ge=0, le=1)
+    """Share of the momentum teacher's weights that a step keeps, where an objective has a teacher (ALBEF, BLIP)."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +72,20 @@ class EmbedGradients:
 
     embeds: Mapping[Embed, Tensor]
     """Gradient of each embed, [B or T, E]."""
-    scale: Tensor
-    """[1], gradient of the log scale."""
+    spaces: Mapping[str, Tensor]
+    """Gradient of each space's log scale (and bias, where it has one), [1 or 2], by branch."""
 
     def surrogate(self, results: Results) -> Tensor:
         """Return a scalar whose gradients are these; its value means nothing."""
-        assert results.logit_scale is not None
         parts = [(results[one] * gradient).sum() for one, gradient in self.embeds.items()]
-        return torch.stack([*parts, (results.logit_scale * self.scale).sum()]).sum()
+        parts += [(calibration(results, branch) * gradient).sum() for branch, gradient in self.spaces.items()]
+        return torch.stack(parts).sum()
+
+
+def calibration(results: Results, branch: str) -> Tensor:
+    """Return the log scale of a space and its bias, where it has one, [1 or 2]."""
+    parts = [found[branch] for found in (results.scales, results.biases) if branch in found]
+    return torch.cat(parts)
 
 
 class Model(nn.Module):
@@ -105,7 +104,7 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig, objectives: Mapping[str, ObjectiveConfig], seed: int = 0) -> None:
         super().__init__()
         trains_embed = any(one.trains_embed for one in objectives.values())
-        reads_pooled = any(one.reads_pooled for one in objectives.values())
+        reads = self._reads(config, objectives)
         with part_seed(seed, "vision"):
             self.vision = config.vision.build()
         with part_seed(seed, "text"):
@@ -114,11 +113,11 @@ class Model(nn.Module):
             self.fusion: Fusion | None = None
             if not isinstance(config.fusion, NoFusionConfig):
                 fusion = config.fusion.beside(self.text.stack)
-                self.fusion = fusion.build(self.vision.width, self.text.width, reads_pooled)
+                self.fusion = fusion.build(self.vision.width, self.text.width, reads)
         with part_seed(seed, "decoder"):
             self.decoder = self._build_decoder(config)
         with part_seed(seed, "embed"):
-            self._build_embed(config.embed, trains_embed)
+            self.embed = self._build_embed(config.embed) if trains_embed else nn.ModuleDict()
         spec = self._spec(config, trains_embed)
         built = {}
         for name, one in objectives.items():
@@ -127,6 +126,7 @@ class Model(nn.Module):
         self.objectives = nn.ModuleDict(built)
         self.weights = {name: one.weight for name, one in objectives.items()}
         self.objective_configs = dict(objectives)
+        self.teacher = self._build_teacher()
         parts = {"vision": self.vision, "text": self.text, "fusion": self.fusion, "decoder": self.decoder}
         self.config = config.model_copy(update={name: part.config for name, part in parts.items() if part is not None})
         self._check(config)
@@ -140,15 +140,36 @@ class Model(nn.Module):
             memory_width = fused_width or self.text.width
         return config.decoder.beside(self.text.stack).build(memory_width, self.text, self.fusion)
 
-    def _build_embed(self, config: EmbedConfig, trains: bool) -> None:
-        self.image_embed = self.text_embed = self.logit_scale = None
-        if not trains:
-            return
-        self.image_embed = nn.Linear(self._tower_width("image"), config.width, bias=config.bias)
-        self.text_embed = nn.Linear(self._tower_width("text"), config.width, bias=config.bias)
-        initialise(self.image_embed)
-        initialise(self.text_embed)
-        self.logit_scale = nn.Parameter(torch.full((1,), -math.log(config.temperature)))
+    def _build_teacher(self) -> Teacher | None:
+        """Copy what the objectives' teacher passes run through, where there are such."""
+        passes = [one for one in close(self.needs()) if one.teacher]
+        if not passes:
+            return None
+        return Teacher(self, passes, [name for name, one in self._objectives() if one.teaches_head])
+
+    @staticmethod
+    def _reads(config: ModelConfig, objectives: Mapping[str, ObjectiveConfig]) -> frozenset[Side]:
+        """Which sides of the fusion anyone reads; of a model without objectives, all."""
+        if not objectives:
+            return frozenset({"image", "text", "pooled"})
+        sides = frozenset[Side]().union(*(one.reads for one in objectives.values()))
+        return sides if config.decoder is None else sides | {config.decoder.memory}
+
+    def _build_embed(self, config: EmbedConfig) -> nn.ModuleDict:
+        widths = self._tower_width("image"), self._tower_width("text")
+        return nn.ModuleDict({branch: EmbedSpace(config, *widths) for branch in (MAIN, *config.branches)})
+
+    def space(self, branch: str = MAIN) -> EmbedSpace | None:
+        """Return a contrastive space; None if the model has no such."""
+        found = dict(self.embed.items()).get(branch)
+        assert found is None or isinstance(found, EmbedSpace)
+        return found
+
+    def new_results(self) -> Results:
+        """Return empty results that know the spaces' temperatures and biases."""
+        spaces = dict(self.embed.items())
+        biases = {name: one.logit_bias for name, one in spaces.items() if one.logit_bias is not None}
+        return Results({name: one.logit_scale for name, one in spaces.items()}, biases)  # type: ignore[arg-type, misc]
 
     def _tower_width(self, modality: Modality) -> int:
         part = self.vision if modality == "image" else self.text
@@ -219,6 +240,18 @@ class Model(nn.Module):
         for name, module in self.objectives.items():
             assert isinstance(module, Objective)
             yield name, module
+
+    def before_step(self) -> None:
+        """Prepare an optimizer step: the teacher follows the student, then every objective's own preparation."""
+        if self.teacher is not None:
+            self.teacher.update(self, self.config.momentum)
+        for _, objective in self._objectives():
+            objective.before_step()
+
+    def after_step(self) -> None:
+        """Run every objective's :meth:`Objective.after_step`."""
+        for _, objective in self._objectives():
+            objective.after_step()
 
     def load_pretrained(self) -> None:
         """Fill every part that the recipe starts from published weights."""

@@ -8,7 +8,7 @@ Shapes: B images, T texts, M fused rows, N image tokens, L text length, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encoders.types import AttentionKind, Batch, Modality, Tokens
-from objectives.base import Decode, Embed, Encode, Fuse, Fused, Pass, Results, Rows
+from objectives.base import MAIN, Decode, Embed, Encode, Fuse, Fused, Pass, Results, Rows
 
 if TYPE_CHECKING:
     from vlp.model import Model
+    from vlp.teacher import Teacher
 
 GiveRows = Callable[[Results], Mapping[str, Rows]]
 
@@ -30,10 +31,17 @@ def close(passes: Iterable[Pass]) -> frozenset[Pass]:
     for wanted in passes:
         found.add(wanted)
         if isinstance(wanted, Embed):
-            found.add(Encode(wanted.modality, wanted.view))
+            found.add(Encode(wanted.modality, wanted.view, wanted.branch, wanted.teacher))
         elif isinstance(wanted, Decode):
-            found.add(wanted.memory)
+            found.add(replace(wanted.memory, teacher=wanted.teacher))
     return frozenset(found)
+
+
+def _without_teacher(one: Pass) -> Pass:
+    """The pass's name within the teacher."""
+    if isinstance(one, Decode):
+        return replace(one, memory=replace(one.memory, teacher=False), teacher=False)
+    return replace(one, teacher=False)
 
 
 def views(passes: Iterable[Pass]) -> dict[Modality, set[str]]:
@@ -53,27 +61,49 @@ def views(passes: Iterable[Pass]) -> dict[Modality, set[str]]:
 class Step:
     """The passes of one step, computed on demand and kept."""
 
-    def __init__(self, model: Model, batch: Batch, layers: bool = False) -> None:
+    def __init__(self, model: Model | Teacher, batch: Batch, layers: bool = False) -> None:
         self.model, self.batch, self.layers = model, batch, layers
-        self.results = Results(model.logit_scale)
+        self.results = model.new_results()
         self._read: dict[tuple[Modality, str], Tokens] = {}
+        self._teacher: Step | None = None
 
     def run(self, passes: Iterable[Pass], give_rows: GiveRows | None = None) -> Results:
-        """Compute ``passes`` and all they read, each once; ``give_rows`` names the pairs once the embeds are known."""
-        wanted = sorted(close(passes) - self.results.keys(), key=repr)
+        """Compute ``passes`` and all they read, each once; ``give_rows`` names the pairs once the embeds are known.
+
+        The teacher's embeds come before the rows, as objectives may draw from them.
+        """
+        every = sorted(close(passes) - self.results.keys(), key=repr)
+        wanted, teachers = [one for one in every if not one.teacher], [one for one in every if one.teacher]
         for one in wanted:
             if isinstance(one, Encode):
                 self.results[one] = self._encode(one)
         for one in wanted:
             if isinstance(one, Embed):
                 self.results[one] = self._embed(one)
+        self._teach([one for one in teachers if isinstance(one, Encode | Embed)])
         if give_rows is not None:
             self.results.rows = give_rows(self.results)
+        self._teach([one for one in teachers if isinstance(one, Fuse | Decode)])
         self._fuse([one for one in wanted if isinstance(one, Fuse)])
         for one in wanted:
             if isinstance(one, Decode):
                 self.results[one] = self._decode(one)
         return self.results
+
+    @torch.no_grad()
+    def _teach(self, wanted: list[Pass]) -> None:
+        """Run passes by the momentum teacher, which has the model's parts under the model's names."""
+        if not wanted:
+            return
+        if self.model.teacher is None:
+            raise ValueError("this model has no momentum teacher; set train.teacher or an objective's distillation")
+        if self._teacher is None:
+            self._teacher = Step(self.model.teacher, self.batch, self.layers)
+            self.results.teacher_heads = self.model.teacher.heads
+        rows = self.results.rows
+        found = self._teacher.run([_without_teacher(one) for one in wanted], lambda _: rows)
+        for one in wanted:
+            self.results[one] = found[_without_teacher(one)]
 
     def _tower(self, modality: Modality, view: str) -> Tokens:
         """What the fusion reads: the encoder's output, which is bare embeddings where the fusion is the tower."""
@@ -93,18 +123,17 @@ class Step:
         assert self.model.fusion is not None
         image, text = (tokens, None) if name.modality == "image" else (None, tokens)
         kind, prefix = self._attention(name.view if name.modality == "text" else None)
-        fused = self.model.fusion(image, text, attention=kind, prefix=prefix, layers=self.layers)
+        branch = {} if name.branch == MAIN else {"branch": name.branch}  # only some fusions have further ones
+        fused = self.model.fusion(image, text, attention=kind, prefix=prefix, layers=self.layers, **branch)
         side = fused.image if name.modality == "image" else fused.text
         assert side is not None
         return side
 
     def _embed(self, name: Embed) -> Tensor:
-        projection = self.model.image_embed if name.modality == "image" else self.model.text_embed
-        if projection is None:
+        space = self.model.space(name.branch)
+        if space is None:
             raise ValueError("this model has no contrastive embedding; pretrain it with objective itc")
-        vectors = projection(self.results[Encode(name.modality, name.view)].pooled)
-        # Half precision would keep the norm, and with it every similarity, to three digits only.
-        return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+        return space(name.modality, self.results[Encode(name.modality, name.view, name.branch, name.teacher)].pooled)
 
     def _attention(self, view: str | None) -> tuple[AttentionKind, Tensor | None]:
         text = None if view is None else self.batch.texts.get(view)
@@ -113,7 +142,7 @@ class Step:
     def _decode(self, name: Decode) -> Tokens:
         if self.model.decoder is None:
             raise ValueError("this model has no decoder; set model.decoder.kind causal and train objective lm")
-        memory = memory_of(self.results[name.memory], self.model.decoder.config.memory)
+        memory = memory_of(self.results[replace(name.memory, teacher=False)], self.model.decoder.config.memory)
         index = self.batch.image_of_text if isinstance(name.memory, Encode) else None
         return self.model.decoder(self.batch.texts[name.text], memory, index, layers=self.layers)
 

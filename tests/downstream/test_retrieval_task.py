@@ -55,7 +55,7 @@ def all_pairs(model, gallery: Gallery) -> tuple[torch.Tensor, torch.Tensor]:
             batch = Batch({"clean": Images(pixels)}, {"clean": texts}, image_of_text=index)
             found = model.run([Fuse(), Embed("image"), Embed("text")], batch)
             itm.append(head.score(found[Fuse()].pooled))
-            itc.append((model.logit_scale.exp() * found[Embed("image")] @ found[Embed("text")].T)[0])
+            itc.append((model.space().logit_scale.exp() * found[Embed("image")] @ found[Embed("text")].T)[0])
     return torch.stack(itc), torch.stack(itm)
 
 

@@ -30,7 +30,7 @@ def random_batch(seed: int) -> tuple[Batch, Results]:
         caption_id=torch.from_numpy(generator.integers(0, 6, len(own))),
         seen=int(generator.integers(0, 300)),
     )
-    results = Results(torch.tensor([float(generator.uniform(0, 4.6))]))
+    results = Results({"main": torch.tensor([float(generator.uniform(0, 4.6))])})
     for name, rows in (("image", n), ("text", len(own))):
         vectors = torch.from_numpy(generator.integers(-2, 3, (rows, 4)).astype(np.float32)) + 0.01
         results[Embed(name)] = F.normalize(vectors, dim=-1)
@@ -99,7 +99,7 @@ def test_rows_are_a_function_of_the_draw():
 def test_hard_negatives_follow_the_similarity_and_the_ramp_leads_there():
     """Each text's only similar false image is drawn almost always when hard, one time in three at random."""
     batch = tiny_batch(4)
-    results = Results(torch.tensor([4.6]))
+    results = Results({"main": torch.tensor([4.6])})
     results[Embed("image")] = torch.eye(4)
     results[Embed("text")] = F.normalize(torch.eye(4) + 0.9 * torch.eye(4).roll(1, 0), dim=1)
     objective = ItmConfig(random_until=100, hard_from=200).build(SPEC)
@@ -134,7 +134,7 @@ def test_contrastive_loss_with_several_positives():
     """Against the definition, pair by pair."""
     for seed in range(20):
         batch, results = random_batch(seed)
-        image, text, scale = results[Embed("image")], results[Embed("text")], results.logit_scale.exp()
+        image, text, scale = results[Embed("image")], results[Embed("text")], results.scales["main"].exp()
         output = ItcConfig().build(SPEC)(results, batch, Draw(0))
         logits = scale * image @ text.T
         true = torch.tensor([[is_true(batch, i, t) for t in range(text.shape[0])] for i in range(image.shape[0])])

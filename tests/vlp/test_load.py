@@ -138,7 +138,7 @@ def test_classes_are_told_apart_by_name(loaded: vlp.Loaded, images: list[Image.I
     found = loaded.classify(images, names, "a {}")
     assert found.shape == (4, 3)
     torch.testing.assert_close(found.sum(1), torch.ones(4))
-    scale = loaded.model.logit_scale.exp()
+    scale = loaded.model.space().logit_scale.exp()
     logits = scale * loaded.embed_images(images) @ loaded.embed_texts([f"a {name}" for name in names]).T
     torch.testing.assert_close(found, logits.softmax(1))
     assert not torch.allclose(found, loaded.classify(images, names, "{}"))
@@ -245,20 +245,20 @@ def test_device_and_dtype(folder: Path, loaded: vlp.Loaded, images: list[Image.I
 
 
 def test_settings_are_laid_over_the_stored_ones(folder: Path, images: list[Image.Image]) -> None:
-    larger = vlp.load(folder, config={"model": {"vision": {"image_size": 32}}})
+    larger = vlp.load(folder, settings={"model": {"vision": {"image_size": 32}}})
     assert larger.report.resized == ("vision.vit.pos_embed",)
     assert larger.embed_images(images).shape == (4, 16)
-    small = vlp.load(folder, config={"objectives": {"answer": None}}, ignore=["objectives.answer.*"])
+    small = vlp.load(folder, settings={"objectives": {"answer": None}}, ignore=["objectives.answer.*"])
     assert "answer" not in small.model.objectives and small.report.ignored
     with pytest.raises(ValueError, match=r"unexpected objectives\.answer\..* and 3 more"):
-        vlp.load(folder, config={"objectives": {"answer": None}})
+        vlp.load(folder, settings={"objectives": {"answer": None}})
     answers = {"answers": ["a", "b", "c"]}
     more = {"objectives": {"second": {"kind": "answer", **answers}}}
     with pytest.raises(ValueError, match=r"missing objectives\.second\.head"):
-        vlp.load(folder, config=more)
-    assert len(vlp.load(folder, config=more, allow_missing=["objectives.second.*"]).report.missing) == 6
+        vlp.load(folder, settings=more)
+    assert len(vlp.load(folder, settings=more, allow_missing=["objectives.second.*"]).report.missing) == 6
     with pytest.raises(ValueError, match=r"model\.visoin.*perhaps you meant vision \(config=\)"):
-        vlp.load(folder, config={"model": {"visoin": {}}})
+        vlp.load(folder, settings={"model": {"visoin": {}}})
 
 
 def test_addresses_are_read_through_fsspec(folder: Path, loaded: vlp.Loaded, tmp_path: Path) -> None:

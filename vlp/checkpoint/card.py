@@ -115,7 +115,7 @@ def model_card(
         kinds={name: one.kind for name, one in kinds.items() if one is not None},
         objectives=list(model.objectives),
         parameters=parameters_by_part(model),
-        embeds=model.image_embed is not None,
+        embeds=model.space() is not None,
         writes=model.decoder is not None,
         data={"trained on": run.data.train or "not recorded", **(data or {})},
         metrics=[(_cell(name), _cell(value)) for name, value in _flat(metrics)],

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,28 @@ from pydantic import Field
 
 from objectives import ObjectiveConfig
 from vlp.checkpoint.folder import MANIFEST, find_checkpoint, is_checkpoint, manifest_files
+from vlp.checkpoint.foreign import (
+    CONFIG_FILES,
+    WEIGHT_FILES,
+    Family,
+    Shapes,
+    find_weights,
+    read_settings,
+    read_state,
+    shapes_of,
+)
 from vlp.checkpoint.migrate import migrate
 from vlp.checkpoint.native import CONFIG, load_weights, read_config, read_weights
 from vlp.config import Config, Layer, build
 from vlp.data.loader import DataConfig
 from vlp.data.tokenizer import load_tokenizer
-from vlp.loaded import Loaded
+from vlp.loaded import LazyTokenizer, Loaded
 from vlp.model import ModelConfig, build_model
 from vlp.recipes import lift
 
 logger = logging.getLogger(__name__)
 
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
 LOADABLE = "give a checkpoint or run folder of vlp, an address of one (s3://...), or its id on the hub (owner/name)"
 
 
@@ -47,6 +59,8 @@ def load(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
     config: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
     allow_missing: Iterable[str] = (),
     ignore: Iterable[str] = (),
     average: bool = False,
@@ -54,11 +68,14 @@ def load(
     """Load a model that is ready to embed, match, answer, caption and classify.
 
     Args:
-        source: a checkpoint folder; a run folder (its newest whole checkpoint); an address of either that fsspec knows
+        source: a checkpoint folder; a run folder (its newest whole checkpoint); a file or folder of another project's
+            checkpoint (``vlp inspect`` tells which are known); an address of any of these that fsspec knows
             (``s3://bucket/run``); or a hub id ``owner/name`` or ``owner/name@revision`` (honours ``HF_HUB_OFFLINE``).
         device: where the model goes.
         dtype: of its weights, as torch names it (``"bfloat16"``); None: float32.
-        config: settings laid over the stored ones, such as ``{"model": {"vision": {"image_size": 384}}}``.
+        config: of a foreign checkpoint, its configuration in the authors' own keys, where the file does not carry it.
+        settings: our settings, laid over the stored ones, such as ``{"model": {"vision": {"image_size": 384}}}``.
+        tokenizer: of a foreign checkpoint, the folder or hub id of its tokenizer, where it is not the published one.
         allow_missing: patterns of weights that need not be stored.
         ignore: patterns of stored weights to leave out.
         average: take the moving average of the weights (``train.optim.ema``) instead of the last ones.
@@ -67,16 +84,89 @@ def load(
         ValueError: there is no such checkpoint, it is torn, or its weights do not fit the model; one line.
     """
     place, kind = _device(device), _dtype(dtype)
-    with _local(str(source)) as folder:
-        state = read_weights(folder, average=average)  # first, because it finds torn checkpoints
-        settings = read_loaded_config(folder, config)
-        tokenizer = load_tokenizer(folder)
-        size = tokenizer.vocabulary.size
-        model = build_model(settings.model, settings.objectives, vocabulary_size=size, pretrained=False)
-        report = load_weights(model, state, allow_missing=allow_missing, ignore=ignore)
-    model.to(device=place, dtype=kind).requires_grad_(False).eval()
-    logger.info("loaded %s: %s", source, report.summary().splitlines()[0])
-    return Loaded(model, tokenizer, settings, report)
+    rules = Strictness(tuple(allow_missing), tuple(ignore))
+    with local(str(source)) as path:
+        if is_checkpoint(path) and config is None:
+            loaded = _load_own(path, settings, rules, average)
+        else:
+            loaded = load_foreign(path, config, settings, tokenizer, rules)
+    loaded.model.to(device=place, dtype=kind).requires_grad_(False).eval()
+    logger.info("loaded %s: %s", source, loaded.report.summary().splitlines()[0])
+    return loaded
+
+
+@dataclass(frozen=True)
+class Strictness:
+    """What a checkpoint may lack, and what of it is left out, as patterns."""
+
+    allow_missing: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+
+
+def _load_own(folder: Path, settings: Mapping[str, Any] | None, rules: Strictness, average: bool) -> Loaded:
+    state = read_weights(folder, average=average)  # first, because it finds torn checkpoints
+    found = read_loaded_config(folder, settings)
+    tokenizer = load_tokenizer(folder)
+    size = tokenizer.vocabulary.size
+    model = build_model(found.model, found.objectives, vocabulary_size=size, pretrained=False)
+    report = load_weights(model, state, allow_missing=rules.allow_missing, ignore=rules.ignore)
+    return Loaded(model, tokenizer, found, report)
+
+
+def load_foreign(
+    path: Path,
+    config: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
+    rules: Strictness = Strictness(),
+) -> Loaded:
+    """Load another project's checkpoint, a file or a folder.
+
+    Raises:
+        ValueError: no family recognises it, or its weights do not fit what its family's recipe builds; one line.
+    """
+    weights = find_weights(path)
+    state = read_state(weights)
+    shapes, theirs = shapes_of(state), {**read_settings(weights), **(config or {})}
+    family = recognise(shapes, theirs, path)
+    recipe = family.recipe(shapes, theirs)
+    found = build(LoadedConfig, Layer(recipe.tree, f"{family.name} checkpoint"), Layer(settings or {}, "settings="))
+    model = build_model(found.model, found.objectives, pretrained=False)
+    renamed = family.rename(state)
+    unknown = {name: state[name] for name in renamed.unexpected}
+    report = load_weights(
+        model,
+        {**renamed.state, **unknown},
+        allow_missing=rules.allow_missing,
+        ignore=rules.ignore,
+    )
+    notes = (f"family {family.name}", *(f"assumed: {one}" for one in recipe.assumed))
+    left = tuple(f"{name} ({reason})" if reason else name for name, reason in renamed.ignored.items())
+    report = replace(report, ignored=(*report.ignored, *left), notes=(*notes, *report.notes))
+    own = any((weights.parent / name).is_file() for name in TOKENIZER_FILES)
+    beside = weights.parent if tokenizer is None and own else None
+    words = found.data.tokenizer
+    if tokenizer is not None:
+        words = words.model_copy(update={"source": str(tokenizer)})
+    return Loaded(model, LazyTokenizer(words, beside), found, report)
+
+
+def recognise(shapes: Shapes, config: Mapping[str, Any], path: Path) -> Family:
+    """Return the family of a checkpoint.
+
+    Raises:
+        ValueError: none knows it.
+    """
+    from vlp.checkpoint.families import FAMILIES
+
+    for family in FAMILIES:
+        if family.recognise(shapes, config):
+            return family
+    names = ", ".join(list(shapes)[:3])
+    raise ValueError(
+        f"cannot load {path}: its weights ({names}, ...) are of no family that vlp reads "
+        f"({', '.join(sorted({one.name for one in FAMILIES}))}); convert it, or give a vlp checkpoint"
+    )
 
 
 def read_loaded_config(folder: Path, over: Mapping[str, Any] | None = None) -> LoadedConfig:
@@ -88,27 +178,30 @@ def read_loaded_config(folder: Path, over: Mapping[str, Any] | None = None) -> L
     source = str(folder / CONFIG)
     tree = lift(read_config(folder), source, migrate)
     kept = {name: value for name, value in tree.items() if name in LoadedConfig.model_fields}
-    return build(LoadedConfig, Layer(kept, source), Layer(over or {}, "config="))
+    return build(LoadedConfig, Layer(kept, source), Layer(over or {}, "settings="))
 
 
 @contextmanager
-def _local(source: str) -> Iterator[Path]:
-    """Bring a source to this machine and give its checkpoint folder; copies of addresses are removed at the end."""
+def local(source: str) -> Iterator[Path]:
+    """Bring a source to this machine: a checkpoint folder of ours, or a foreign file or folder.
+
+    Copies of addresses are removed at the end.
+    """
     path = Path(source)
     if re.match(r"[a-z][a-z0-9+.-]*://", source):
         with tempfile.TemporaryDirectory() as copy:
             yield _fetch(source, Path(copy))
     elif path.is_file():
-        hint = f"{path.parent} is a checkpoint, give that" if is_checkpoint(path.parent) else LOADABLE
-        raise ValueError(f"cannot load {source}: a single file of a format that vlp does not read; {hint}")
+        if is_checkpoint(path.parent):
+            raise ValueError(f"cannot load {source}: {path.parent} is a checkpoint, give that")
+        yield path
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source) and not path.parent.is_dir():
         yield _snapshot(source)
     elif source.startswith(("open_clip:", "hf:")):
         raise ValueError(f"cannot load {source}: vlp does not read models of this family; {LOADABLE}")
     else:
-        if (path / "config.json").is_file() or (path / "open_clip_config.json").is_file():
-            raise ValueError(f"cannot load {source}: a folder of a format that vlp does not read; {LOADABLE}")
-        yield find_checkpoint(path)
+        foreign = [name for name in (*CONFIG_FILES, *WEIGHT_FILES) if (path / name).is_file()]
+        yield path if foreign and not is_checkpoint(path) else find_checkpoint(path)
 
 
 def _fetch(address: str, target: Path) -> Path:

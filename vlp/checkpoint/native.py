@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlp.checkpoint.folder import CARD, check_whole, checkpoint_folder, find_checkpoint, replace_folder
+from vlp.checkpoint.migrate import lift_names
 from vlp.config import FORMAT, Config, to_yaml
 from vlp.recipes import dump_yaml, read_tree
 
@@ -150,7 +151,7 @@ def read_weights(folder: str | Path, verify: bool = False, average: bool = False
     if average and not (folder / name).is_file():
         raise ValueError(f"checkpoint {folder} holds no average of its weights; train with train.optim.ema 0.999, say")
     try:
-        return load_file(folder / name)
+        return lift_names(load_file(folder / name))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder}: {name} cannot be read: {error}; write or copy it again") from error
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from encoders.layers import attention_mask, initialise
 from encoders.text import BesideConfig, load_bert
 from encoders.types import AttentionKind, Tokens
-from objectives.base import Fused
+from objectives.base import Fused, Side
 from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images, gather_keep
 
 
@@ -38,9 +38,9 @@ class DualStreamConfig(BesideConfig):
     init_layer: int = 0
     """First layer of `init` to take (ALBEF: 6 of BERT's 12)."""
 
-    def build(self, image_width: int, text_width: int, pooled: bool) -> DualStream:
-        """Build the fusion; ``pooled`` says whether anyone reads `pooled`."""
-        return DualStream(self, image_width, text_width, pooled)
+    def build(self, image_width: int, text_width: int, reads: frozenset[Side]) -> DualStream:
+        """Build the fusion; ``reads`` says which sides anyone reads."""
+        return DualStream(self, image_width, text_width, reads)
 
 
 class DualStream(nn.Module):
@@ -50,7 +50,7 @@ class DualStream(nn.Module):
         ValueError: pooler and attention do not fit.
     """
 
-    def __init__(self, config: DualStreamConfig, image_width: int, text_width: int, pooled: bool) -> None:
+    def __init__(self, config: DualStreamConfig, image_width: int, text_width: int, reads: frozenset[Side]) -> None:
         super().__init__()
         self.config, self.co, stack = config, config.attention == "co", config.stack
         self.text_width = width = stack.width
@@ -65,7 +65,7 @@ class DualStream(nn.Module):
         self.blocks = nn.ModuleList(stack.block(memory_width) for _ in range(stack.layers))
         pre = stack.norm == "pre"
         self.final_norm = nn.LayerNorm(width, stack.eps) if pre else nn.Identity()
-        self.pooler = Pooler(config.pooler, width, width) if pooled else None
+        self.pooler = Pooler(config.pooler, width, width) if "pooled" in reads else None
         self.pooled_width = self.pooler.width if self.pooler else None
         reads_image = self.pooler is not None and self.pooler.reads_image
         if reads_image and not self.co:
@@ -74,6 +74,7 @@ class DualStream(nn.Module):
                 "it is; use pooler cls or tanh, or attention co"
             )
         # The last image block is worth having only if someone reads its output.
+        reads_image = self.co and (reads_image or "image" in reads)
         self.image_blocks = nn.ModuleList(
             stack.block(width) for _ in range(stack.layers - (not reads_image) if self.co else 0)
         )

@@ -14,7 +14,7 @@ from encoders.layers import attention_mask, initialise
 from encoders.patch import load_vit
 from encoders.text import BesideConfig, load_bert
 from encoders.types import AttentionKind, Tokens
-from objectives.base import Fused
+from objectives.base import Fused, Side
 from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images
 
 
@@ -31,9 +31,9 @@ class SingleStreamConfig(BesideConfig):
     init_layer: int = 0
     """First layer of `init` to take. `init: timm:NAME` takes a ViT's blocks."""
 
-    def build(self, image_width: int, text_width: int, pooled: bool) -> SingleStream:
-        """Build the fusion; ``pooled`` says whether anyone reads `pooled`."""
-        return SingleStream(self, image_width, text_width, pooled)
+    def build(self, image_width: int, text_width: int, reads: frozenset[Side]) -> SingleStream:
+        """Build the fusion; ``reads`` says which sides anyone reads."""
+        return SingleStream(self, image_width, text_width, reads)
 
 
 class SingleStream(nn.Module):
@@ -41,7 +41,7 @@ class SingleStream(nn.Module):
 
     attention_kinds: tuple[AttentionKind, ...] = ("full", "causal", "prefix")
 
-    def __init__(self, config: SingleStreamConfig, image_width: int, text_width: int, pooled: bool) -> None:
+    def __init__(self, config: SingleStreamConfig, image_width: int, text_width: int, reads: frozenset[Side]) -> None:
         super().__init__()
         self.config, stack = config, config.stack
         self.text_width = width = stack.width
@@ -52,7 +52,7 @@ class SingleStream(nn.Module):
         self.blocks = nn.ModuleList(stack.block() for _ in range(stack.layers))
         self.final_norm = nn.LayerNorm(width, stack.eps) if stack.norm == "pre" else nn.Identity()
         initialise(self)
-        self.pooler = Pooler(config.pooler, width, width) if pooled else None
+        self.pooler = Pooler(config.pooler, width, width) if "pooled" in reads else None
         self.pooled_width = self.pooler.width if self.pooler else None
 
     def load_pretrained(self) -> None:

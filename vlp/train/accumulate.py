@@ -79,7 +79,7 @@ def contrast_step(
         totals: each objective's count over all ranks and micro-batches.
         precision: the autocast context of a forward.
     """
-    passes = sorted((one for one in model.needs(names) if isinstance(one, Embed)), key=repr)
+    passes = sorted((one for one in model.needs(names) if isinstance(one, Embed) and not one.teacher), key=repr)
     parts: dict[Embed, list[Tensor]] = {one: [] for one in passes}
     for batch, draw in zip(batches, draws, strict=True):
         seed_dropout(draw)
@@ -87,11 +87,14 @@ def contrast_step(
             results = model.run(passes, batch)
         for one in passes:
             parts[one].append(results[one])
-    assert model.logit_scale is not None
     # Leaves of a graph of their own: the loss below reaches the embeds and the temperature, not the model.
     embeds = [torch.cat(parts[one]).requires_grad_() for one in passes]
-    scale = model.logit_scale.detach().clone().requires_grad_()
-    joined, seen = join_pairs(batches), Results(scale)
+    known = model.new_results()
+    scales, biases = (
+        {name: one.detach().clone().requires_grad_() for name, one in found.items()}
+        for found in (known.scales, known.biases)
+    )
+    joined, seen = join_pairs(batches), Results(scales, biases)
     seen.update(zip(passes, embeds, strict=True))
     outputs, counts, terms = {}, {}, []
     with precision():
@@ -99,16 +102,20 @@ def contrast_step(
             objective = model.objectives[name]
             assert isinstance(objective, Objective)
             outputs[name] = objective(seen, joined, draws[0])
-            counts[name] = torch.full((), float(objective.count(joined)), device=scale.device)
+            counts[name] = torch.full((), float(objective.count(joined)), device=embeds[0].device)
             weighted = model.weights[name] * outputs[name].loss * counts[name]
             terms.append(weighted * world_size() / totals[name].clamp(min=1))
-    *received, scale_gradient = torch.autograd.grad(torch.stack(terms).sum(), [*embeds, scale])
+    branches = sorted({one.branch for one in passes})
+    learned = [found[branch] for branch in branches for found in (scales, biases) if branch in found]
+    every = torch.autograd.grad(torch.stack(terms).sum(), [*embeds, *learned])
+    received, rest = every[: len(embeds)], list(every[len(embeds) :])
+    spaces = {branch: torch.cat([rest.pop(0) for found in (scales, biases) if branch in found]) for branch in branches}
     cut = [g.split([part.shape[0] for part in parts[one]]) for one, g in zip(passes, received, strict=True)]
     gradients = [
         # The temperature receives its gradient with the last micro-batch, the one whose backward crosses ranks.
         EmbedGradients(
             dict(zip(passes, of_batch, strict=True)),
-            scale_gradient if number == len(batches) - 1 else torch.zeros_like(scale_gradient),
+            spaces if number == len(batches) - 1 else {name: torch.zeros_like(one) for name, one in spaces.items()},
         )
         for number, of_batch in enumerate(zip(*cut, strict=True))
     ]
@@ -119,14 +126,14 @@ def join_pairs(batches: Sequence[Batch]) -> Batch:
     """Lay micro-batches behind each other: their sizes, pairing and ids, without pixels and words."""
     first = batches[0]
     view, text_view = next(iter(first.images)), next(iter(first.texts))
-    pixels, ids = first.images[view].pixels, first.texts[text_view].ids
+    ids = first.texts[text_view].ids
     num_images, num_texts = sum(b.num_images for b in batches), sum(b.num_texts for b in batches)
     index = None
     if any(b.image_of_text is not None for b in batches):
         starts = [sum(b.num_images for b in batches[:number]) for number in range(len(batches))]
         index = torch.cat([image_of_text(b, ids.device) + start for b, start in zip(batches, starts, strict=True)])
     return Batch(
-        images={view: Images(pixels.new_empty(num_images, 3, 0, 0))},
+        images={view: Images(torch.empty(num_images, 3, 0, 0, device=ids.device))},
         texts={text_view: Texts(ids.new_empty(num_texts, 0), ids.new_empty(num_texts, 0, dtype=torch.bool))},
         image_of_text=index,
         image_id=_join([b.image_id for b in batches]),

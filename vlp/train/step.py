@@ -100,6 +100,7 @@ class TrainStep:
         started = batches[0].seen
         samples = count_samples(batches)
         self.optimizer.zero_grad()
+        self.model.before_step()
         scalars = self._backward(batches, started, None if names is None else list(names))
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         norm = get_total_norm(list(gradients.values()))
@@ -110,12 +111,13 @@ class TrainStep:
         rate = self.config.lr * learning_rate(self.config, started + samples / 2, self.total)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
+        self.model.after_step()
         self._clamp_scale()
         if self.average is not None:
             self.average.update_parameters(self.model)
         scalars["grad_norm"] = norm
-        if self.model.logit_scale is not None:
-            scalars["scale"] = self.model.logit_scale.detach().exp()[0]
+        if (space := self.model.space()) is not None:
+            scalars["scale"] = space.logit_scale.detach().exp()[0]
         return StepReport(scalars, rate, started, started + samples)
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,8 +221,8 @@ class TrainStep:
     def _clamp_scale(self) -> None:
         """Keep the temperature within the bounds of the objectives that train it."""
         for config in self.model.objective_configs.values():
-            if isinstance(config, ItcConfig) and self.model.logit_scale is not None:
-                self.model.logit_scale.clamp_(math.log(config.min_scale), math.log(config.max_scale))
+            if isinstance(config, ItcConfig) and (space := self.model.space(config.branch)) is not None:
+                space.logit_scale.clamp_(math.log(config.min_scale), math.log(config.max_scale))
 
 
 def sum_by_name(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:

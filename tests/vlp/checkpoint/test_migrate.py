@@ -51,7 +51,7 @@ class RenamedItcConfig(Config):
     min_scale: float = 1.0
     max_scale: float = 100.0
     trains_embed: ClassVar[bool] = True
-    reads_pooled: ClassVar[bool] = False
+    reads: ClassVar[frozenset] = frozenset()
 
     def build(self, spec: ModelSpec) -> Itc:
         return ItcConfig(positives=self.true_pairs).build(spec)  # type: ignore[arg-type]

@@ -199,7 +199,7 @@ def test_a_kill_while_writing_leaves_a_whole_checkpoint(tmp_path: Path, renames:
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     found = find_checkpoint(path)
-    assert torch.equal(read_weights(found)["logit_scale"], old.state_dict()["logit_scale"])
+    assert torch.equal(read_weights(found)["embed.main.logit_scale"], old.state_dict()["embed.main.logit_scale"])
     assert all(torch.equal(tensor, old.state_dict()[name]) for name, tensor in read_weights(found).items())
     save(path, new)
     assert find_checkpoint(path) == path
@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_named_in_one_line() -> None:
     assert all(torch.equal(tensor, initial[name]) for name, tensor in large.state_dict().items())
     report = load_weights(large, weights_of(small), allow_missing=["objectives.answer.*"])
     assert len(report.missing) == 6 and torch.equal(
-        large.state_dict()["logit_scale"], small.state_dict()["logit_scale"]
+        large.state_dict()["embed.main.logit_scale"], small.state_dict()["embed.main.logit_scale"]
     )
     with pytest.raises(
         ValueError, match=r"unexpected objectives\.answer\.head\.0\.bias, .* and 3 more \(the model has no"
@@ -258,12 +258,12 @@ def test_what_does_not_fit_is_named_in_one_line() -> None:
 
 def test_a_wrong_shape_is_never_loaded() -> None:
     model = tiny_model("none", ["itc"])
-    weights = {**weights_of(model), "image_embed.bias": torch.zeros(7), "logit_scale": torch.zeros(2)}
+    weights = {**weights_of(model), "embed.main.image.bias": torch.zeros(7), "embed.main.logit_scale": torch.zeros(2)}
     with pytest.raises(ValueError) as error:
         load_weights(model, weights, strict=False)
     assert sorted(str(error.value).removeprefix("the weights do not fit the model: ").split("; ")) == [
-        "image_embed.bias is (7,), the model's is (16,)",
-        "logit_scale is (2,), the model's is (1,)",
+        "embed.main.image.bias is (7,), the model's is (16,)",
+        "embed.main.logit_scale is (2,), the model's is (1,)",
     ]
 
 

@@ -39,7 +39,7 @@ def test_groups_hold_each_trainable_parameter_once():
     assert decay[id(model.text.word_embedding)] == 0.1
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            norm_or_bias = name.endswith("bias") or "norm" in name or name == "logit_scale"
+            norm_or_bias = name.endswith("bias") or "norm" in name or name == "embed.main.logit_scale"
             assert decay[id(parameter)] == (0.0 if norm_or_bias else 0.1), name
 
 
@@ -54,7 +54,7 @@ def test_longest_part_wins():
         "fusion.blocks.0.attention.query.weight": 0.05,
         "fusion.blocks.1.attention.query.weight": 0.02,
         "objectives.itm.head.bias": 0.04,
-        "image_embed.weight": 0.01,
+        "embed.main.image.weight": 0.01,
     }
     assert {name: rate[id(names[name])] for name in expected} == pytest.approx(expected)
 

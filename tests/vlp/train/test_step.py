@@ -24,7 +24,7 @@ def test_one_batch_and_two_halves_train_the_same_weights():
     start = tiny_model("dual_stream", ("itc", "mlm")).double()
     for name, value in weights(whole.model).items():
         torch.testing.assert_close(halves.model.state_dict()[name], value, rtol=1e-7, atol=1e-9)
-    assert not torch.equal(whole.model.text_embed.weight, start.text_embed.weight)
+    assert not torch.equal(whole.model.space().text.weight, start.space().text.weight)
 
 
 def test_report():
@@ -58,7 +58,7 @@ def test_scale_never_leaves_its_bounds():
     for i in range(3):
         report = step(split_batch(tiny_batch(8, seen=8 * i), (4, 4)))
         assert 1 - 1e-4 <= report.scalars["scale"].item() <= 15 + 1e-4
-        torch.testing.assert_close(step.model.logit_scale.exp()[0], report.scalars["scale"])
+        torch.testing.assert_close(step.model.space().logit_scale.exp()[0], report.scalars["scale"])
 
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 2)])
@@ -88,9 +88,9 @@ def test_non_finite_loss_stops_before_the_update(sizes):
 
 def test_non_finite_gradient_of_a_finite_loss_stops_too():
     model = tiny_model("none", ("itc", "mlm"))
-    model.text_embed.weight.register_hook(lambda gradient: gradient * float("inf"))
+    model.space().text.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = weights(model)
-    with pytest.raises(NonFiniteError, match=r"gradient is not finite; gradient norms: text_embed (inf|nan)"):
+    with pytest.raises(NonFiniteError, match=r"gradient is not finite; gradient norms: embed.main.text (inf|nan)"):
         TrainStep(model, OptimConfig(), seed=0, total=80)([tiny_batch(4)])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -107,7 +107,7 @@ def test_state_goes_on_exactly():
         resumed(split_batch(tiny_batch(8, first=8 * i, seen=8 * i), (4, 4)))
     for old, new in ((whole.model, resumed.model), (whole.average, resumed.average)):
         assert all(torch.equal(value, new.state_dict()[name]) for name, value in old.state_dict().items())
-    assert not torch.equal(whole.average.module.text_embed.weight, whole.model.text_embed.weight)
+    assert not torch.equal(whole.average.module.space().text.weight, whole.model.space().text.weight)
     without = TrainStep(tiny_model(), OptimConfig(), seed=3, total=32)
     with pytest.raises(ValueError, match="ema None differs"):
         without.load_state_dict(whole.state_dict())
@@ -160,8 +160,8 @@ def test_largest_norms_start_where_backward_met_the_first_bad_gradient():
 
 
 def test_layers_are_named_by_their_number():
-    names = ["fusion.blocks.1.feed.up.weight", "logit_scale", "text_embed.bias", "objectives.itm.head.weight"]
-    assert [layer_of(name) for name in names] == ["fusion.blocks.1", "logit_scale", "text_embed", "objectives.itm.head"]
+    names = ["fusion.blocks.1.feed.up.weight", "embed.main.text.bias", "objectives.itm.head.weight"]
+    assert [layer_of(name) for name in names] == ["fusion.blocks.1", "embed.main.text", "objectives.itm.head"]
 
 
 @pytest.mark.parametrize("sizes", [(4,), (2, 2)])

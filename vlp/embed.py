@@ -1,0 +1,74 @@
+"""Contrastive spaces: where pooled vectors of image and text can be compared.
+
+Shapes: B images, T texts, D width, E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from encoders.layers import initialise
+from encoders.types import Modality
+from vlp.config import Config
+
+Projection = Literal["linear", "none"]
+
+
+class EmbedConfig(Config):
+    """The contrastive embedding; it exists if an objective trains it."""
+
+    width: int = 256
+    """E, width of the common space."""
+    bias: bool = True
+    """The projections have a bias (ALBEF; CLIP has none)."""
+    image: Projection = "linear"
+    """How pooled image vectors come into the space; `none` = they are in it (SigLIP, ALIGN)."""
+    text: Projection = "linear"
+    """How pooled text vectors come into the space."""
+    temperature: float = Field(0.07, gt=0)
+    """Temperature at the start; learned as a log scale."""
+    logit_bias: float | None = None
+    """Learned bias of the logits at the start (SigLIP: -10); none = there is none."""
+    branches: tuple[str, ...] = ()
+    """Further spaces of the same settings, by branch (VLMo: its vision-language feed-forward)."""
+
+
+class EmbedSpace(nn.Module):
+    """Two projections, a temperature and maybe a bias.
+
+    Raises:
+        ValueError: a side without projection has another width than the space.
+    """
+
+    def __init__(self, config: EmbedConfig, image_width: int, text_width: int) -> None:
+        super().__init__()
+        self.width = config.width
+        self.image = self._projection("image", config.image, image_width, config)
+        self.text = self._projection("text", config.text, text_width, config)
+        self.logit_scale = nn.Parameter(torch.full((1,), -math.log(config.temperature)))
+        self.logit_bias = None if config.logit_bias is None else nn.Parameter(torch.full((1,), config.logit_bias))
+
+    @staticmethod
+    def _projection(side: str, kind: Projection, width: int, config: EmbedConfig) -> nn.Module:
+        if kind == "linear":
+            linear = nn.Linear(width, config.width, bias=config.bias)
+            initialise(linear)
+            return linear
+        if width != config.width:
+            raise ValueError(
+                f"model.embed.{side} none needs a {side} encoder of width {config.width} (model.embed.width), "
+                f"not {width}; use linear"
+            )
+        return nn.Identity()
+
+    def forward(self, modality: Modality, pooled: Tensor) -> Tensor:
+        """Pooled vectors [B or T, D] -> unit-norm vectors [B or T, E]."""
+        vectors = (self.image if modality == "image" else self.text)(pooled)
+        # Half precision would keep the norm, and with it every similarity, to three digits only.
+        return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
