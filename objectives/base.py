@@ -20,8 +20,8 @@ from encoders.types import AttentionKind, Batch, Modality, Tokens, Vocabulary
 MAIN = "main"
 """Name of the usual branch and of its contrastive space."""
 
-Side: TypeAlias = Literal["image", "text", "pooled"]
-"""What of a :class:`Fused` is read."""
+Side: TypeAlias = Literal["image", "text", "pooled", "memory"]
+"""What of a :class:`Fused` is read; `memory` is the side that the model's decoder reads."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,11 @@ class LmConfig(Config):
     """The output words are the text encoder's word embedding."""
 
     trains_embed: ClassVar[bool] = False
-    reads: ClassVar[frozenset[Side]] = frozenset()
+
+    @property
+    def reads(self) -> frozenset[Side]:
+        """Sides of the fusion that it reads: the decoder's memory, where that is fused."""
+        return frozenset({"memory"} if self.memory == "fused" else ())
 
     def build(self, spec: ModelSpec) -> Lm:
         """Build the objective.

@@ -21,7 +21,7 @@ from transformers import BertConfig, DistilBertConfig
 from encoders import HfTextConfig, PatchConfig, TextConfig
 from encoders.types import Batch, Images, Texts, Tokens
 from objectives import AnswerConfig, ItcConfig, ItmConfig, LmConfig, MlmConfig, ObjectiveConfig
-from objectives.base import Decode, Draw, Encode, Fuse, Fused
+from objectives.base import Decode, Draw, Encode, Fuse, Fused, Side
 from vlp.decoder import DecoderConfig
 from vlp.fusion.dual import DualStreamConfig
 from vlp.fusion.single import SingleStreamConfig
@@ -50,6 +50,7 @@ TEXT = {
     "hf_text, DistilBERT": HfTextConfig(architecture=DistilBertConfig(
         dim=32, n_layers=2, n_heads=4, hidden_dim=64, dropout=0.0, attention_dropout=0.0, **HF_SIZES).to_dict()),
 }  # fmt: skip
+POOLED: frozenset[Side] = frozenset({"pooled"})
 FUSIONS = {
     "single_stream, post": SingleStreamConfig(**SIZES),
     "single_stream, pre": SingleStreamConfig(**SIZES, norm="pre", modality_embedding=False, pooler="cls"),
@@ -203,7 +204,7 @@ def test_hf_text_refuses_what_it_would_leak() -> None:
 @pytest.mark.parametrize("name", FUSIONS)
 def test_fusion(name: str) -> None:
     config = FUSIONS[name]
-    fusion, other = (config.build(32, 32, True).eval() for _ in range(2))
+    fusion, other = (config.build(32, 32, POOLED).eval() for _ in range(2))
     image, text, index = tokens(3, 6), tokens(4, 8, seed=1), torch.tensor([0, 1, 1, 2])
     found = fusion(image, text, index)
     assert found.pooled.shape == (4, fusion.pooled_width) and found.text.states.shape == (4, 8, fusion.text_width)
@@ -219,7 +220,7 @@ def test_fusion(name: str) -> None:
 
 @pytest.mark.parametrize("name", FUSIONS)
 def test_fusion_padding(name: str) -> None:
-    fusion = FUSIONS[name].build(32, 32, True).eval()
+    fusion = FUSIONS[name].build(32, 32, POOLED).eval()
     found = fusion(tokens(3, 6), tokens(3, 8, seed=1))
     padded = fusion(tokens(3, 6, extra=2), tokens(3, 8, extra=8, seed=1))
     check_same([padded.pooled], [found.pooled])
@@ -231,7 +232,7 @@ def test_fusion_padding(name: str) -> None:
 @pytest.mark.parametrize("name", LEFT_TO_RIGHT)
 @pytest.mark.parametrize("kind", ["causal", "prefix"])
 def test_fusion_cannot_see_the_future(name: str, kind: Any) -> None:
-    fusion = FUSIONS[name].build(32, 32, False).eval()
+    fusion = FUSIONS[name].build(32, 32, frozenset()).eval()
     image, text = tokens(2, 6), tokens(2, 8, seed=1)
     prefix = torch.full((2,), 3) if kind == "prefix" else None
     before = fusion(image, text, None, kind, prefix)
@@ -254,13 +255,13 @@ def test_fusion_cannot_see_the_future(name: str, kind: Any) -> None:
 @pytest.mark.parametrize("name", [name for name in FUSIONS if name.startswith("co")])
 def test_co_attention_refuses_what_it_would_leak(name: str) -> None:
     with pytest.raises(ValueError, match="leak"):
-        FUSIONS[name].build(32, 32, True)(tokens(2, 6), tokens(2, 8), None, "causal")
+        FUSIONS[name].build(32, 32, POOLED)(tokens(2, 6), tokens(2, 8), None, "causal")
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoder(name: str) -> None:
     def build() -> nn.Module:
-        text, fusion = TEXT["text, post"].build(), FUSIONS["cross"].build(32, 32, False)
+        text, fusion = TEXT["text, post"].build(), FUSIONS["cross"].build(32, 32, frozenset())
         return DECODERS[name].build(32, text, fusion).eval()
 
     decoder, other = build(), build()

@@ -153,7 +153,7 @@ class Model(nn.Module):
         if not objectives:
             return frozenset({"image", "text", "pooled"})
         sides = frozenset[Side]().union(*(one.reads for one in objectives.values()))
-        return sides if config.decoder is None else sides | {config.decoder.memory}
+        return sides | {config.decoder.memory} if config.decoder and "memory" in sides else sides
 
     def _build_embed(self, config: EmbedConfig) -> nn.ModuleDict:
         widths = self._tower_width("image"), self._tower_width("text")

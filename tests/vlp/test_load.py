@@ -257,7 +257,7 @@ def test_settings_are_laid_over_the_stored_ones(folder: Path, images: list[Image
     with pytest.raises(ValueError, match=r"missing objectives\.second\.head"):
         vlp.load(folder, settings=more)
     assert len(vlp.load(folder, settings=more, allow_missing=["objectives.second.*"]).report.missing) == 6
-    with pytest.raises(ValueError, match=r"model\.visoin.*perhaps you meant vision \(config=\)"):
+    with pytest.raises(ValueError, match=r"model\.visoin.*perhaps you meant vision \(settings=\)"):
         vlp.load(folder, settings={"model": {"visoin": {}}})
 
 
@@ -314,14 +314,16 @@ def test_the_real_hub_client_honours_offline() -> None:
 
 
 def test_other_sources_say_what_can_be_loaded(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "model.pt").write_bytes(b"")
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"model": {"weight": torch.zeros(2)}}, tmp_path / "strange.pt")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("{}")
     weights = folder / "checkpoints" / f"{64:012d}" / "model.safetensors"
     cases = {
-        tmp_path / "model.pt": "a single file of a format that vlp does not read; give a checkpoint or run folder",
+        tmp_path / "empty.pt": "nothing of it was executed",
+        tmp_path / "strange.pt": "its weights (weight, ...) are of no family that vlp reads",
         weights: f"{weights.parent} is a checkpoint, give that",
-        tmp_path: "a folder of a format that vlp does not read; give a checkpoint",
-        "open_clip:ViT-B-32": "vlp does not read models of this family; give",
+        tmp_path / "folder": "0 files of weights in the folder; name the file itself",
         tmp_path / "none": "no such folder; give a checkpoint or a run folder",
     }
     for source, message in cases.items():

@@ -1,7 +1,7 @@
 """Examples to a batch: text views made from each sample's position, padding, ids of images and captions.
 
 What becomes of a sample depends on its position alone, not on the batch, rank or worker that it falls into.
-Shapes: B images, T texts, I images per text, L text length, K labelled positions.
+Shapes: S samples, B images, T texts, I images per text, L text length, K labelled positions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MULTIPLE = 8  # lengths are rounded up to it: few shapes for the compiler, and 
 
 @dataclass(frozen=True)
 class Example:
-    """What a task makes of one sample."""
+    """What a task makes of one sample, or of one text of a sample that has several."""
 
     key: str
     """Name of the sample, for errors."""
@@ -115,16 +115,18 @@ def collate(
     """Make a batch: the view "clean" of images and texts, and every other text view.
 
     Args:
-        examples: T samples, at least one.
-        positions: Their positions in the run, which key the views' draws.
+        examples: One a text, at least one. Those that follow each other at the same position are texts of one sample
+            and share its images: the first one's are taken.
+        positions: Each one's position in the run, which keys the views' draws, together with its number among the
+            texts there.
         tokenizer: Text to ids.
         views: Text views besides "clean", by name.
         max_length: Most ids of a text.
         seed: Of the run.
 
     Returns:
-        Batch with B = T * I images. ``image_of_text`` is None with one image per example, else [T, I]; ``position`` is
-        [T], one per example.
+        Batch with B = S * I images. ``image_of_text`` is None with one image and one text per sample, [T] where samples
+        have one image and several texts, else [T, I]; ``position`` is [S], one per sample.
 
     Raises:
         ValueError: If images differ in size or examples in their number of images.
@@ -133,28 +135,51 @@ def collate(
     encoded = [tokenizer.encode(example.text, max_length) for example in examples]
     vocabulary, draw = tokenizer.vocabulary, Draw(seed)
     texts = {"clean": pad_texts([ViewText(ids) for ids, _ in encoded], "full", vocabulary.pad, max_length)}
+    numbers = text_numbers(positions)
     for name, view in views.items():
         made = []
-        for example, position, own in zip(examples, positions, encoded, strict=True):
+        for example, position, number, own in zip(examples, positions, numbers, encoded, strict=True):
             ids, starts = (
                 tokenizer.encode(example.other_texts[name], max_length) if name in example.other_texts else own
             )
-            made.append(view.make(ids, starts, vocabulary, draw.sample(name, position)))
+            made.append(view.make(ids, starts, vocabulary, draw.sample(numbered(name, number), position)))
         texts[name] = pad_texts(made, view.attention, vocabulary.pad, max_length)
-    images, image_of_text = _images(examples)
+    samples = [example for example, number in zip(examples, numbers, strict=True) if number == 0]
+    images, image_of_text = _images(samples), None
+    if images and (len(samples[0].images) > 1 or len(samples) < len(examples)):
+        image_of_text = _image_of_text(numbers, len(samples[0].images))
     return Batch(
         images=images,
         texts=texts,
         image_of_text=image_of_text,
         targets=_targets(examples),
-        image_id=_image_ids(examples) if images else None,
+        image_id=_image_ids(samples) if images else None,
         caption_id=torch.tensor([caption_hash(example.text) for example in examples], dtype=torch.int64),
-        position=torch.tensor(list(positions), dtype=torch.int64),
+        position=torch.tensor([p for p, number in zip(positions, numbers, strict=True) if number == 0]),
     )
 
 
-def _images(examples: Sequence[Example]) -> tuple[dict[str, Images], Tensor | None]:
-    """The view "clean" of all images, text by text, and which belong to each text."""
+def text_numbers(positions: Sequence[int]) -> list[int]:
+    """Return each text's number, from 0, among those of its position, which follow each other."""
+    numbers: list[int] = []
+    for index, position in enumerate(positions):
+        numbers.append(numbers[-1] + 1 if index and position == positions[index - 1] else 0)
+    return numbers
+
+
+def numbered(name: str, number: int) -> str:
+    """Return the name of a draw for a text of a position: the first one's is that of a position with one text."""
+    return name if number == 0 else f"{name}/{number}"
+
+
+def _image_of_text(numbers: Sequence[int], images: int) -> Tensor:
+    """Index of each text's image, [T], or of its I images, [T, I]; ``numbers`` count the texts of each sample."""
+    sample = torch.tensor(numbers).eq(0).cumsum(0) - 1  # [T]
+    return sample if images == 1 else sample[:, None] * images + torch.arange(images)
+
+
+def _images(examples: Sequence[Example]) -> dict[str, Images]:
+    """The view "clean" of all images, sample by sample."""
     first = examples[0]
     number = len(first.images)
     for example in examples:
@@ -165,15 +190,14 @@ def _images(examples: Sequence[Example]) -> tuple[dict[str, Images], Tensor | No
             )
     pixels = [image for example in examples for image in example.images]
     if not pixels:
-        return {}, None
+        return {}
     for example in examples:
         if wrong := [image for image in example.images if image.shape != pixels[0].shape]:
             raise ValueError(
                 f"data: an image of sample '{example.key}' is {tuple(wrong[0].shape)}, one of '{first.key}' is "
                 f"{tuple(pixels[0].shape)}; images of a batch need one size, use a transform that resizes to a square"
             )
-    index = None if number == 1 else torch.arange(len(pixels)).view(len(examples), number)
-    return {"clean": Images(torch.stack([image.contiguous() for image in pixels]))}, index
+    return {"clean": Images(torch.stack([image.contiguous() for image in pixels]))}
 
 
 def _image_ids(examples: Sequence[Example]) -> Tensor:

@@ -23,11 +23,12 @@ from torch.utils.data import DataLoader, Dataset
 from encoders.types import Batch
 from objectives.base import Draw, View
 from vlp.config import Config
-from vlp.data.batch import Example, collate, stable_hash
+from vlp.data.batch import Example, collate, numbered, stable_hash
+from vlp.data.group import Groups, group_samples, without_images
 from vlp.data.order import Order, batch_positions, rank_slice
 from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
 from vlp.data.tokenizer import Tokenizer, TokenizerConfig
-from vlp.data.transforms import EvalTransform, ImageTransformConfig, TrainTransform
+from vlp.data.transforms import ImageTransformConfig, TrainTransform
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,8 @@ _TRIES = 100  # samples in a row that may be bad
 _TOLERATED = 10  # bad samples that the first few hundred may hold, whatever their share
 
 Prepare: TypeAlias = Callable[[Sample, np.random.Generator], Example]
-"""Sample with transformed images, generator keyed by its position -> example. It pickles; it may raise BadSample."""
+"""Sample with transformed images, generator keyed by its position and the text's number there -> example of one text.
+It pickles; it may raise BadSample."""
 
 Slot: TypeAlias = tuple[int, int]
 """Position in the run, index of the sample there."""
@@ -62,6 +64,11 @@ class DataConfig(Config):
     """Field with other texts of the image (tags): a trained tokenizer learns their words too."""
     alternate_share: float = Field(default=0.0, ge=0, le=1)
     """Share of the training samples whose text is drawn from `alternates`, where they have any."""
+    texts_per_image: int = Field(default=1, ge=1)
+    """Texts that come with each training image, which is encoded once for all: other captions of its sample, or the
+    texts of its group; where there are fewer they repeat. Samples, batch sizes and durations then count images."""
+    group: str | None = None
+    """Field by which training samples show the same image (image_id); they count as one, with several texts."""
     hash: str | None = None
     """Fingerprint that the training data must have; written when a run starts, so that resuming on others shows."""
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
@@ -128,14 +135,18 @@ class _Fetch(Dataset[_Fetched]):
     """Slots of one micro-batch -> its batch. Everything that a worker process does."""
 
     reader: Reader
+    groups: Groups | None
+    """What slots count instead of samples."""
     prepare: Prepare
     tokenizer: Tokenizer
     views: Mapping[str, View]
     config: DataConfig
-    transform: TrainTransform | EvalTransform
+    transform: TrainTransform
     seed: int
-    substitute: bool
-    """Put the next good sample in a bad one's place, else leave the place out."""
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return len(self.reader if self.groups is None else self.groups)
 
     @property
     def draw(self) -> Draw:
@@ -145,61 +156,76 @@ class _Fetch(Dataset[_Fetched]):
     def __getitem__(self, slots: Sequence[Slot]) -> _Fetched:
         bad: list[tuple[str, str]] = []
         try:
-            found = [(position, self._example(position, index, bad)) for position, index in slots]
-            good = {position: example for position, example in found if example is not None}
-            if not good:
-                return _Fetched(None, tuple(bad), None)
-            batch = collate(
-                list(good.values()), list(good), self.tokenizer, self.views, self.config.max_length, self.seed
-            )
+            found = [(position, each) for position, index in slots for each in self._examples(position, index, bad)]
+            positions, examples = [position for position, _ in found], [each for _, each in found]
+            batch = collate(examples, positions, self.tokenizer, self.views, self.config.max_length, self.seed)
             return _Fetched(batch, tuple(bad), None)
         except ValueError as error:
             plain = ValueError(str(error))  # subclasses may not pickle
             plain.add_note("".join(traceback.format_exception(error)))
             return _Fetched(None, tuple(bad), plain)
 
-    def _example(self, position: int, index: int, bad: list[tuple[str, str]]) -> Example | None:
-        size = len(self.reader)
-        tries = min(_TRIES, size) if self.substitute else 1
+    def _examples(self, position: int, index: int, bad: list[tuple[str, str]]) -> list[Example]:
+        """The examples of one position; the next good sample takes a bad one's place."""
+        tries = min(_TRIES, len(self))
         for offset in range(tries):
             try:
-                return self._make(position, (index + offset) % size)
+                return self._make(position, (index + offset) % len(self))
             except BadSample as error:
                 bad.append((error.key, error.reason))
-        if self.substitute:
-            raise ValueError(
-                f"data: {tries} samples in a row are unusable, the first is '{bad[-tries][0]}': {bad[-tries][1]}; "
-                "check the data, and data.image and data.text"
-            )
-        return None
+        raise ValueError(
+            f"data: {tries} samples in a row are unusable, the first is '{bad[-tries][0]}': {bad[-tries][1]}; "
+            "check the data, and data.image and data.text"
+        )
 
-    def _make(self, position: int, index: int) -> Example:
-        raw = self.reader[index]
+    def _make(self, position: int, index: int) -> list[Example]:
+        raw, samples = self._read(position, index)
+        # Whatever the task makes the text of must not say left or right when the image is mirrored.
+        said = [text for sample in samples for text in (*sample.texts, *_strings(sample.fields))]
+        generator = self.draw.sample("augment", position)
+        images = tuple(self.transform(image, generator, said) for image in samples[0].images)
+        examples = []
+        for number, sample in enumerate(samples):
+            if self.config.alternates is not None:
+                sample = self._alternate(sample, self.config.alternates, position, number)
+            one = self.prepare(replace(sample, images=images), self.draw.sample(numbered("example", number), position))
+            try:
+                for text in (one.text, *one.other_texts.values()):
+                    text.encode()
+            except UnicodeEncodeError as error:
+                raise BadSample(sample.key, f"text is not Unicode: {error.reason}") from error
+            examples.append(replace(one, image_id=image_identity(raw, sample)) if one.image_id is None else one)
+        return examples
+
+    def _read(self, position: int, index: int) -> tuple[RawSample, list[Sample]]:
+        """The sample as stored, and one sample a text to train on; only the first has its images decoded."""
+        number = self.config.texts_per_image
+        generator = self.draw.sample("texts", position)
+        indices = [index] if self.groups is None else _some_of(self.groups[index].tolist(), number, generator)
+        raws = [self.reader[i] for i in indices]
         # Whether a text is needed, and which, is for `prepare` to say.
-        sample = decode_sample(raw, image=self.config.image, text=self.config.text, need_text=False)
-        if isinstance(self.transform, TrainTransform):
-            generator = self.draw.sample("augment", position)
-            # Whatever the task makes the text of must not say left or right when the image is mirrored.
-            said = [*sample.texts, *_strings(sample.fields)]
-            images = tuple(self.transform(image, generator, said) for image in sample.images)
-        else:
-            images = tuple(self.transform(image) for image in sample.images)
-        if self.config.alternates is not None and self.substitute:
-            sample = self._alternate(sample, self.config.alternates, position)
-        example = self.prepare(replace(sample, images=images), self.draw.sample("example", position))
-        try:
-            for text in (example.text, *example.other_texts.values()):
-                text.encode()
-        except UnicodeEncodeError as error:
-            raise BadSample(raw.key, f"text is not Unicode: {error.reason}") from error
-        if example.image_id is None:
-            example = replace(example, image_id=image_identity(raw, sample))
-        return example
+        text, need = self.config.text, self.config.image
+        samples = [decode_sample(raws[0], image=need, text=text, need_text=False)]
+        samples += [
+            decode_sample(without_images(raw), text=text, need_image=False, need_text=False) for raw in raws[1:]
+        ]
+        if number == 1:
+            return raws[0], samples
+        if len(samples[0].images) > 1:
+            raise ValueError(
+                f"data.texts_per_image {number} shares one image, but sample '{samples[0].key}' has "
+                f"{len(samples[0].images)}; set it to 1"
+            )
+        if len(samples) == 1:
+            samples = [replace(samples[0], texts=(each,)) for each in samples[0].texts] or samples
+            first = samples[0]
+            samples = [replace(each, images=first.images) for each in _some_of(samples, number, generator)]
+        return raws[0], [samples[i % len(samples)] for i in range(number)]
 
-    def _alternate(self, sample: Sample, field: str, position: int) -> Sample:
+    def _alternate(self, sample: Sample, field: str, position: int, number: int) -> Sample:
         """The sample with one of its other texts in place of its own, for a share of the positions."""
         found = [text for text in _strings(sample.fields.get(field, ())) if text.strip()]
-        generator = self.draw.sample("alternate", position)
+        generator = self.draw.sample(numbered("alternate", number), position)
         if not found or generator.random() >= self.config.alternate_share:
             return sample
         return replace(sample, texts=(found[int(generator.integers(len(found)))],))
