@@ -90,7 +90,7 @@ class CaptioningConfig(TaskConfig):
         if len(objectives) == 1:
             if decoder.share == "all_but_self_attention":  # with a fusion that is about to go: copy instead
                 changes["decoder"] = decoder.model_copy(update={"share": "embeddings"})
-            if model.vision.depth != 0:  # else the fusion is the vision tower itself (ViLT)
+            if getattr(model.vision, "depth", None) != 0:  # else the fusion is the vision tower itself (ViLT)
                 changes["fusion"] = NoFusionConfig()
             if isinstance(model.text, TextConfig):
                 changes["text"] = model.text.model_copy(update={"layers": 0})

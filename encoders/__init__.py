@@ -4,9 +4,10 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from encoders.grid import GridConfig
 from encoders.hf_text import HfTextConfig
 from encoders.patch import PatchConfig
 from encoders.text import TextConfig
 
-VisionConfig: TypeAlias = PatchConfig
+VisionConfig: TypeAlias = Annotated[PatchConfig | GridConfig, Field(discriminator="kind")]
 AnyTextConfig: TypeAlias = Annotated[TextConfig | HfTextConfig, Field(discriminator="kind")]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.layers import Activation, Block, Cache, attention_mask, initialise
+from encoders.sources import local_source
 from encoders.types import Texts, Tokens
 from vlp.config import Config
 
@@ -37,7 +38,7 @@ class StackConfig(Config):
     dropout: float = 0.0
     """Dropout after each branch and on attention weights."""
     init: str | None = None
-    """Folder or hub id of a transformers BERT or RoBERTa whose layers fill this stack."""
+    """Folder or hub id of a transformers BERT or RoBERTa whose layers fill this stack, or `package:NAME/path`."""
 
     def block(self, cross_width: int | None = None) -> Block:
         """Build one block of these sizes."""
@@ -248,7 +249,7 @@ def load_bert(module: nn.Module, source: str, *, embeddings: bool, first: int = 
     """
     from transformers import AutoModel
 
-    theirs = rename_bert(AutoModel.from_pretrained(source, dtype=torch.float32).state_dict())
+    theirs = rename_bert(AutoModel.from_pretrained(local_source(source), dtype=torch.float32).state_dict())
     wanted = {}
     for name, tensor in module.state_dict().items():
         if name.startswith("blocks.") and ".cross" not in name:

@@ -1,18 +1,15 @@
 """Text to ids: transformers' fast tokenizers, open_clip's BPE, or a WordPiece trained on the recipe's captions.
 
-All give the same form, ``cls ... sep``, with the places where words begin. Tokenizers pickle: loader workers use them.
-Shapes: L text length.
+All give the same form, ``cls ... sep`` (or ``... sep``, as T5's family has it), with the places where words begin.
+Tokenizers pickle: loader workers use them. Shapes: L text length.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +17,50 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from encoders.sources import local_source
 from encoders.types import Vocabulary
-from vlp.config import Config
+from vlp.config import Config, build
+from vlp.data.cleaning import CleanKind, clean_text
+from vlp.data.tokenizer_files import load_backend
+from vlp.data.wordpiece import train_wordpiece
 
 logger = logging.getLogger(__name__)
 
 _OPEN_CLIP = "open_clip:"
 _OPEN_CLIP_FILE = "open_clip_tokenizer.json"
-_SPECIAL = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
-_ALPHABET = 1000  # characters, as in BERT's own training; rarer ones make their words unknown
+_RULES_FILE = "tokenizer_rules.json"
 
 Ids = npt.NDArray[np.int64]
 
 
-class TokenizerConfig(Config):
+class TextRules(Config):
+    """What becomes of a text before and after its tokenizer; a checkpoint's tokenizer folder holds it."""
+
+    clean: CleanKind = "none"
+    """Cleaning of the text, as the family's own code does it."""
+    max_words: int | None = Field(default=None, ge=1)
+    """Words after which a text is cut, before it is tokenised (ALBEF 30, BLIP 50)."""
+    fixed_length: int | None = Field(default=None, ge=2)
+    """Every text gets this many ids (or max_length, if that is less), and its padding is attended, as SigLIP was
+    trained; none = padding to the longest of a batch, not attended."""
+
+
+class TokenizerConfig(TextRules):
     """Where the tokenizer comes from."""
 
     source: str = "train"
-    """`train`: a WordPiece from the training captions; else a transformers tokenizer (folder or hub id), or
-    `open_clip:MODEL` for CLIP's BPE."""
+    """`train`: a WordPiece from the training captions; else a transformers tokenizer (folder, file or hub id), or
+    `open_clip:MODEL` for the tokenizer of that model of open_clip."""
     size: int = Field(default=8192, ge=64)
     """train: largest number of words and pieces."""
     min_frequency: int = Field(default=2, ge=1)
     """train: pieces that the captions hold less often are left out."""
     lowercase: bool = True
     """train: ignore case and accents."""
+    added_tokens: tuple[str, ...] = ()
+    """Special tokens that get the ids after the last one, in this order (BLIP: [DEC], [ENC])."""
+    bos_token: str | None = None
+    """Token that begins a generated text; none = the tokenizer's own."""
 
 
 class Tokenizer(ABC):
@@ -58,26 +68,37 @@ class Tokenizer(ABC):
 
     Attributes:
         vocabulary: Size and special ids.
+        rules: What becomes of a text before and after.
+        begins: Whether texts begin with ``vocabulary.cls``.
     """
 
     vocabulary: Vocabulary
+    rules: TextRules = TextRules()
+    begins: bool = True
 
     def encode(self, text: str, max_length: int) -> tuple[Ids, npt.NDArray[np.bool_]]:
         """Tokenise one text.
 
         Args:
             text: The text.
-            max_length: Most ids, the two special ones included; what is longer is cut at its end.
+            max_length: Most ids, special ones included; what is longer is cut at its end.
 
         Returns:
-            ids: [L] int64, ``cls ... sep``.
+            ids: [L] int64, ``cls ... sep``, then padding where the rules say ``fixed_length``.
             word_starts: [L] bool, True where a word begins; False at special ids and at pieces that go on a word.
         """
         assert max_length >= 2, max_length
-        pieces, starts = self._pieces(text, max_length - 2)
-        ids = np.array([self.vocabulary.cls, *pieces[: max_length - 2], self.vocabulary.sep], dtype=np.int64)
-        word_starts = np.array([False, *starts[: max_length - 2], False])
-        return ids, word_starts & ~np.isin(ids, list(self.vocabulary.special))
+        length = min(max_length, self.rules.fixed_length or max_length)
+        first = [self.vocabulary.cls] if self.begins else []
+        room = length - len(first) - 1
+        pieces, starts = self._pieces(clean_text(text, self.rules.clean, self.rules.max_words), room)
+        ids = [*first, *pieces[:room], self.vocabulary.sep]
+        if self.rules.fixed_length is not None:
+            ids += [self.vocabulary.pad] * (length - len(ids))
+        found = np.array(ids, dtype=np.int64)
+        word_starts = np.zeros(len(ids), dtype=np.bool_)
+        word_starts[len(first) : len(first) + min(len(pieces), room)] = starts[:room]
+        return found, word_starts & ~np.isin(found, list(self.vocabulary.special))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Turn ids into text; special ids are left out.
@@ -88,9 +109,18 @@ class Tokenizer(ABC):
         kept = [i for i in (int(each) for each in ids) if i not in self.vocabulary.special]
         return self._join(kept).strip()
 
-    @abstractmethod
     def save(self, folder: str | Path) -> None:
         """Write what ``load_tokenizer`` needs into ``folder``, which is made if it is not there."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._save(Path(folder))
+        rules, file = self.rules.model_dump(exclude_defaults=True), Path(folder) / _RULES_FILE
+        if rules:
+            file.write_text(json.dumps(rules) + "\n", encoding="utf-8")
+        else:
+            file.unlink(missing_ok=True)
+
+    @abstractmethod
+    def _save(self, folder: Path) -> None: ...
 
     @abstractmethod
     def _pieces(self, text: str, limit: int) -> tuple[list[int], list[bool]]:
@@ -104,29 +134,46 @@ class TransformersTokenizer(Tokenizer):
     """A fast tokenizer of transformers.
 
     ``cls`` is its cls token or else its bos token, ``sep`` its sep or else its eos token; a generated text begins with
-    bos (or cls) and ends with eos (or sep). Without a pad token ``sep`` pads, which is never attended.
+    bos (or cls) and ends with eos (or sep). Without a pad token ``sep`` pads, which is never attended. One that by
+    itself ends texts and does not begin them (T5's, SigLIP's) is taken so; its generated texts begin with pad.
 
     Args:
         tokenizer: Any with a Rust backend (it knows which pieces form a word).
         source: Its name, for errors.
+        rules: What becomes of a text before and after.
 
     Raises:
         ValueError: If it is a slow one, or has no token to begin or end a text with.
     """
 
-    def __init__(self, tokenizer: Any, source: str):
+    def __init__(self, tokenizer: Any, source: str, rules: TextRules | None = None):
         if not tokenizer.is_fast:
             raise ValueError(
                 f"data.tokenizer.source '{source}' is a slow tokenizer, which cannot tell words from pieces; "
                 "convert it with transformers to a tokenizer.json, or use another"
             )
-        self._tokenizer = tokenizer
-        self.vocabulary = _vocabulary(tokenizer, source)
-        expected = [self.vocabulary.cls, *tokenizer("a", add_special_tokens=False).input_ids, self.vocabulary.sep]
-        if (own := list(tokenizer("a").input_ids)) != expected:
+        self._tokenizer, self.rules = tokenizer, rules or TextRules()
+        own, pieces = (list(tokenizer("a", add_special_tokens=special).input_ids) for special in (True, False))
+        ends = {tokenizer.sep_token_id, tokenizer.eos_token_id} - {None}
+        self.begins = not (own[:-1] == pieces and ends.issuperset(own[-1:]))
+        self.vocabulary = _vocabulary(tokenizer, source, self.begins)
+        expected = [*([self.vocabulary.cls] if self.begins else []), *pieces, self.vocabulary.sep]
+        if own != expected:
             logger.warning("tokenizer %s itself encodes 'a' as %s, but encoders here get %s", source, own, expected)
 
-    def save(self, folder: str | Path) -> None:
+    def encode_pair(self, first: str, second: str, max_length: int) -> tuple[Ids, Ids]:
+        """Tokenise two texts as one input; the longer one is cut first.
+
+        Returns:
+            ids: [L] int64, in the tokenizer's own form, as ``cls first sep second sep``.
+            segments: [L] int64, 1 at the second text where the tokenizer tells them apart, else 0.
+        """
+        texts = [clean_text(text, self.rules.clean, self.rules.max_words) for text in (first, second)]
+        encoded = self._tokenizer(*texts, truncation="longest_first", max_length=max_length)
+        ids = np.array(encoded.input_ids, dtype=np.int64)
+        return ids, np.array(encoded.get("token_type_ids", np.zeros_like(ids)), dtype=np.int64)
+
+    def _save(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(str(folder))
 
     def _pieces(self, text: str, limit: int) -> tuple[list[int], list[bool]]:
@@ -139,20 +186,25 @@ class TransformersTokenizer(Tokenizer):
             return_token_type_ids=False,
         )
         words = encoded.word_ids(0)
-        starts = [word is not None and word != before for before, word in zip([None, *words[:-1]], words)]
+        # A tokenizer that does not split at spaces (Gemma's) still marks where a word begins.
+        starts = [
+            word is not None and (word != before or piece.startswith("▁"))
+            for before, word, piece in zip([None, *words[:-1]], words, encoded.tokens(0))
+        ]
         return list(encoded.input_ids), starts
 
     def _join(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=True))
 
 
-def _vocabulary(tokenizer: Any, source: str) -> Vocabulary:
+def _vocabulary(tokenizer: Any, source: str, begins: bool) -> Vocabulary:
     def first(*ids: int | None) -> int | None:
         return next((i for i in ids if i is not None), None)
 
-    cls = first(tokenizer.cls_token_id, tokenizer.bos_token_id)
     sep = first(tokenizer.sep_token_id, tokenizer.eos_token_id)
-    if cls is None or sep is None:
+    pad = first(tokenizer.pad_token_id, sep)
+    cls = first(tokenizer.cls_token_id, tokenizer.bos_token_id, None if begins else pad)
+    if cls is None or sep is None or pad is None:
         missing = "begin (cls or bos)" if cls is None else "end (sep or eos)"
         raise ValueError(
             f"data.tokenizer.source '{source}' has no token to {missing} a text with; use a tokenizer that has, "
@@ -161,7 +213,7 @@ def _vocabulary(tokenizer: Any, source: str) -> Vocabulary:
     return Vocabulary(
         # Added tokens may leave holes, so that the number of tokens is less than the ids need.
         size=max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1),
-        pad=sep if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad=pad,
         cls=cls,
         sep=sep,
         mask=tokenizer.mask_token_id,
@@ -174,38 +226,22 @@ class OpenClipTokenizer(Tokenizer):
     """CLIP's BPE as open_clip ships it: ``<start_of_text> ... <end_of_text>``, padded with 0, without a mask token.
 
     Args:
-        model: Name of an open_clip model that uses it, such as ``ViT-B-32``.
-
-    Raises:
-        ValueError: If there is no such model, or it has another tokenizer.
+        rules: What becomes of a text before and after; its cleaning stands in for open_clip's own, `lower`, if any.
     """
 
-    def __init__(self, model: str):
-        import open_clip  # takes seconds, and is only needed here
-        from open_clip.tokenizer import SimpleTokenizer
+    def __init__(self, rules: TextRules | None = None):
+        from open_clip.tokenizer import SimpleTokenizer  # takes seconds, and is only needed here
 
-        if model not in open_clip.list_models():
-            raise ValueError(
-                f"data.tokenizer.source '{_OPEN_CLIP}{model}': open_clip has no model '{model}'; try ViT-B-32"
-            )
-        text = (open_clip.get_model_config(model) or {}).get("text_cfg", {})
-        if name := text.get("hf_tokenizer_name"):
-            raise ValueError(
-                f"data.tokenizer.source '{_OPEN_CLIP}{model}' stands for the tokenizer '{name}'; write that name"
-            )
-        bpe = open_clip.get_tokenizer(model)
-        if not isinstance(bpe, SimpleTokenizer):
-            raise ValueError(f"data.tokenizer.source '{_OPEN_CLIP}{model}' is not CLIP's BPE; try open_clip:ViT-B-32")
-        self._model, self._bpe = model, bpe
-        start, end = bpe.sot_token_id, bpe.eot_token_id
-        self.vocabulary = Vocabulary(bpe.vocab_size, pad=0, cls=start, sep=end, mask=None, bos=start, eos=end)
+        self.rules = rules or TextRules()
+        self._bpe = SimpleTokenizer(clean="lower" if self.rules.clean == "none" else "whitespace")
+        start, end = self._bpe.sot_token_id, self._bpe.eot_token_id
+        self.vocabulary = Vocabulary(self._bpe.vocab_size, pad=0, cls=start, sep=end, mask=None, bos=start, eos=end)
 
     def __reduce__(self) -> Any:
-        return OpenClipTokenizer, (self._model,)
+        return OpenClipTokenizer, (self.rules,)
 
-    def save(self, folder: str | Path) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / _OPEN_CLIP_FILE).write_text(json.dumps({"model": self._model}) + "\n", encoding="utf-8")
+    def _save(self, folder: Path) -> None:
+        (folder / _OPEN_CLIP_FILE).write_text(json.dumps({"tokenizer": "clip_bpe"}) + "\n", encoding="utf-8")
 
     def _pieces(self, text: str, limit: int) -> tuple[list[int], list[bool]]:
         ids = self._bpe.encode(text)
@@ -227,112 +263,100 @@ def build_tokenizer(config: TokenizerConfig, captions: Iterable[str]) -> Tokeniz
     Raises:
         ValueError: If the source cannot be loaded, or there are no captions to train on.
     """
+    asked = config.model_dump(include=set(TextRules.model_fields), exclude_defaults=True)
+    tokenizer: Tokenizer
     if config.source == "train":
-        return TransformersTokenizer(train_wordpiece(config, captions), "train")
-    if config.source.startswith(_OPEN_CLIP):
-        return OpenClipTokenizer(config.source.removeprefix(_OPEN_CLIP))
-    return _from_transformers(config.source)
+        cleaned = (clean_text(caption, config.clean, config.max_words) for caption in captions)
+        backend = train_wordpiece(
+            cleaned, size=config.size, min_frequency=config.min_frequency, lowercase=config.lowercase
+        )
+        tokenizer = TransformersTokenizer(backend, "train", build(TextRules, asked))
+    elif config.source.startswith(_OPEN_CLIP):
+        tokenizer = _open_clip(config.source, asked)
+    elif Path(config.source).is_dir():
+        tokenizer = _from_folder(Path(config.source), asked)
+    else:
+        tokenizer = _from_transformers(local_source(config.source), asked)
+    return _with_tokens(tokenizer, config)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load what ``Tokenizer.save`` wrote, or any folder of a transformers tokenizer.
+    """Load what ``Tokenizer.save`` wrote, or any folder of a transformers or open_clip tokenizer.
 
     Raises:
         ValueError: If there is no tokenizer in ``folder``.
     """
-    file = Path(folder) / _OPEN_CLIP_FILE
-    if file.is_file():
-        return OpenClipTokenizer(json.loads(file.read_text(encoding="utf-8"))["model"])
     if not Path(folder).is_dir():
         raise ValueError(f"tokenizer: there is no folder '{folder}'; check the path")
-    return _from_transformers(str(folder))
+    return _from_folder(Path(folder), {})
 
 
-def _from_transformers(source: str) -> TransformersTokenizer:
-    from transformers import AutoTokenizer
+def _from_folder(folder: Path, asked: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a folder and its rules, those that are ``asked`` for over them."""
+    rules = {**_read_json(folder / _RULES_FILE), **asked}
+    if (folder / _OPEN_CLIP_FILE).is_file():
+        return OpenClipTokenizer(build(TextRules, rules))
+    if config := _read_json(folder / "open_clip_config.json"):
+        return _by_text_config(config.get("model_cfg", {}).get("text_cfg", {}), str(folder), rules, local=True)
+    return _from_transformers(str(folder), rules)
 
+
+def _from_transformers(source: str, asked: Mapping[str, Any]) -> TransformersTokenizer:
+    backend = load_backend(source)
+    # In transformers this class cleans and pads in code of its own, which its tokenizer.json does not hold.
+    named = {_read_json(Path(source) / "tokenizer_config.json").get("tokenizer_class"), type(backend).__name__}
+    own = {"clean": "siglip", "fixed_length": 64} if "SiglipTokenizer" in named else {}
+    return TransformersTokenizer(backend, source, build(TextRules, {**own, **asked}))
+
+
+def _open_clip(source: str, asked: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of one of open_clip's models, by its name."""
+    import open_clip  # takes seconds, and is only needed here
+
+    model = source.removeprefix(_OPEN_CLIP)
+    if model not in open_clip.list_models():
+        raise ValueError(f"data.tokenizer.source '{source}': open_clip has no model '{model}'; try ViT-B-32")
+    return _by_text_config((open_clip.get_model_config(model) or {}).get("text_cfg", {}), source, asked)
+
+
+def _by_text_config(text: Mapping[str, Any], source: str, asked: Mapping[str, Any], local: bool = False) -> Tokenizer:
+    """The tokenizer that open_clip makes for the ``text_cfg`` of a model; its files lie in ``source`` if ``local``."""
+    settings = dict(text.get("tokenizer_kwargs") or {})
+    name = text.get("hf_tokenizer_name")
+    own: dict[str, Any] = {"clean": settings.pop("clean", "whitespace" if name else "none")}
+    if settings or text.get("tokenizer_mode"):
+        known = ", ".join([*settings, *(["tokenizer_mode"] if text.get("tokenizer_mode") else [])])
+        raise ValueError(f"data.tokenizer.source '{source}': its {known} is not known here; use another model's")
+    if text.get("no_causal_mask") and not text.get("hf_model_name"):
+        own["fixed_length"] = text.get("context_length", 77)  # such a text tower sees its padding
+    rules = {**own, **asked}
+    return _from_transformers(source if local else name, rules) if name else OpenClipTokenizer(build(TextRules, rules))
+
+
+def _with_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer with further special tokens and its bos token."""
+    if not config.added_tokens and config.bos_token is None:
+        return tokenizer
+    if not isinstance(tokenizer, TransformersTokenizer):
+        raise ValueError(f"data.tokenizer.added_tokens {config.added_tokens}: CLIP's BPE takes none; leave them out")
+    backend = tokenizer._tokenizer
+    backend.add_tokens(list(config.added_tokens), special_tokens=True)
+    if config.bos_token is not None:
+        if config.bos_token not in backend.get_vocab():
+            raise ValueError(
+                f"data.tokenizer.bos_token '{config.bos_token}' is not in the vocabulary; name it in "
+                "data.tokenizer.added_tokens too"
+            )
+        backend.bos_token = config.bos_token
+    return TransformersTokenizer(backend, config.source, tokenizer.rules)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A file's mapping, {} if there is none."""
+    if not file.is_file():
+        return {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    # What is missing or unreadable shows as any of these, often with advice over several lines.
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            f"data.tokenizer.source '{source}' cannot be loaded: {reason}; give a folder with tokenizer files, a hub "
-            "id (needs the network once), open_clip:MODEL, or train"
-        ) from error
-    return TransformersTokenizer(tokenizer, source)
-
-
-def train_wordpiece(config: TokenizerConfig, captions: Iterable[str]) -> Any:
-    """Train a WordPiece and return it as a ``PreTrainedTokenizerFast`` that splits and joins as BERT's does.
-
-    Raises:
-        ValueError: If there is no word in ``captions``.
-    """
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=config.lowercase), pre_tokenizers.BertPreTokenizer()
-    words: Counter[str] = Counter()
-    for caption in captions:
-        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
-    if not words:
-        raise ValueError(
-            "data.tokenizer.source train found no captions to train on; set data.train, or name a tokenizer folder"
-        )
-    words, alphabet = _known_words(words, limit=min(_ALPHABET, (config.size - len(_SPECIAL)) // 2))
-    # Left to itself the trainer numbers characters in the order of a hash table, which differs from process to process
-    # and decides between merges of equal count. Given as "special" tokens they keep the order they stand in here.
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=config.size,
-        min_frequency=config.min_frequency,
-        special_tokens=[*_SPECIAL.values(), *alphabet],
-        show_progress=False,
-    )
-    trained = Backend(models.WordPiece(unk_token="[UNK]"))
-    trained.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    with _one_thread():
-        trained.train_from_iterator(_repeat(words), trainer)
-    vocabulary = trained.get_vocab(with_added_tokens=True)
-    backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.normalizer, backend.pre_tokenizer = normalizer, splitter
-    backend.post_processor = processors.BertProcessing(("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"]))
-    backend.decoder = decoders.WordPiece()
-    logger.info("tokenizer: %d words and pieces from %d different words", len(vocabulary), len(words))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **_SPECIAL)
-
-
-def _known_words(words: Mapping[str, int], limit: int) -> tuple[Counter[str], list[str]]:
-    """The words made of the ``limit`` most frequent characters, and their alphabet: c at a start, ##c within."""
-    frequency: Counter[str] = Counter()
-    for word, count in words.items():
-        for character in word:
-            frequency[character] += count
-    allowed = set(sorted(frequency, key=lambda character: (-frequency[character], character))[:limit])
-    known = Counter({word: words[word] for word in sorted(words) if allowed.issuperset(word)})
-    first = {character for word in known for character in word}  # a piece within needs its character alone, too
-    within = {character for word in known for character in word[1:]}
-    return known, [*sorted(first), *(f"##{character}" for character in sorted(within))]
-
-
-def _repeat(words: Mapping[str, int]) -> Iterator[str]:
-    """Each word as often as it was counted, in lines of at most 1000."""
-    for word, count in words.items():
-        for begin in range(0, count, 1000):
-            yield " ".join([word] * min(1000, count - begin))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Train without threads: after their use tokenizers warns in every forked loader worker."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: {file} cannot be read: {error}; copy it again") from error
+    return found if isinstance(found, dict) else {}

@@ -35,7 +35,7 @@ class OptimConfig(Config):
     """Largest norm of the whole gradient; none = not clipped."""
     lr_scale: dict[str, float] = Field(default_factory=dict)
     """Multiplies the learning rate of parts, by the beginning of the parameter's name; the longest wins
-    (METER: `fusion: 5.0` and `objectives: 5.0`)."""
+    (METER: `fusion: 5.0` and `objectives: 5.0`); 0 freezes (LiT: `vision: 0.0`)."""
     fused: bool | None = None
     """One kernel for the whole update; none = on CUDA."""
     ema: float | None = Field(default=None, gt=0, lt=1)
@@ -78,6 +78,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
         eps=config.eps,
         fused=fused,
     )
+
+
+def freeze_parts(model: nn.Module, config: OptimConfig) -> None:
+    """Switch off the gradient of every parameter whose ``lr_scale`` is 0: a frozen tower costs no backward."""
+    for name, parameter in model.named_parameters():
+        if scale_of(name, config.lr_scale) == 0.0:
+            parameter.requires_grad_(False)
 
 
 def check_parts(lr_scale: Iterable[str], names: Iterable[str]) -> None:

@@ -1,0 +1,128 @@
+"""`grid`: the feature map of any timm CNN or Swin. Pixels -> one token a cell.
+
+Shapes: B batch, C channels, h x w cells, N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import timm
+import torch
+from pydantic import Field
+from timm.models import load_checkpoint
+from torch import Tensor, nn
+
+from encoders.sources import local_source
+from encoders.types import Images, Tokens
+from vlp.config import Config
+
+
+class GridConfig(Config):
+    """A timm model without its classifier, as it is."""
+
+    kind: Literal["grid"] = "grid"
+    model: str = "resnet50"
+    """timm model name (`timm.list_models("resnet*")`)."""
+    pretrained: bool = False
+    """Start from timm's weights of that name."""
+    weights: str | None = None
+    """File of a state dict to start from instead, or `package:NAME/path` of one in an installed package; its tensors
+    may have another project's names if they are of the same number, order and shapes."""
+    image_size: int = 224
+    """Side of the square input in pixels."""
+    mean_token: bool = False
+    """Put the mean of all cells before them, as a [CLS] (X-VLM's Swin)."""
+    freeze_norm: bool = True
+    """Batch norms keep their statistics and weights: at a fusion's batch sizes they would drift."""
+    mean: tuple[float, float, float] | None = None
+    """Channel means of pixels in 0..1; None = the model's own."""
+    std: tuple[float, float, float] | None = None
+    """Channel standard deviations; None = the model's own."""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of timm.create_model."""
+
+    def build(self) -> GridEncoder:
+        """Build the encoder with random weights."""
+        return GridEncoder(self)
+
+
+class GridEncoder(nn.Module):
+    """Images -> tokens of a feature map; `pooled` is what timm's classifier would read.
+
+    Raises:
+        ValueError: timm does not know the model, or its features are no map.
+    """
+
+    mean: Tensor
+    std: Tensor
+    bare = False
+
+    def __init__(self, config: GridConfig) -> None:
+        super().__init__()
+        self.body: Any = _create(config, pretrained=False)  # timm's attributes are untyped
+        native = self.body.pretrained_cfg
+        self.config = config.model_copy(
+            update={"mean": config.mean or tuple(native["mean"]), "std": config.std or tuple(native["std"])}
+        )
+        self.width: int = self.body.num_features
+        self.register_buffer("mean", torch.tensor(self.config.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.config.std).view(1, 3, 1, 1), persistent=False)
+        self._freeze_norm()
+
+    def load_pretrained(self) -> None:
+        """Fill the weights from timm's or from the file that the recipe names.
+
+        Raises:
+            ValueError: the file cannot be read or does not fit.
+        """
+        if self.config.weights is not None:
+            path = local_source(self.config.weights)
+            try:
+                load_checkpoint(self.body, path, strict=False, remap=True, weights_only=True)
+            except (OSError, RuntimeError, AssertionError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"model.vision.weights {self.config.weights}: {reason}") from error
+        elif self.config.pretrained:
+            self.body.load_state_dict(_create(self.config, pretrained=True).state_dict())
+
+    def train(self, mode: bool = True) -> GridEncoder:
+        """As any module; frozen batch norms stay in evaluation mode."""
+        super().train(mode)
+        self._freeze_norm()
+        return self
+
+    def _freeze_norm(self) -> None:
+        if not self.config.freeze_norm:
+            return
+        for part in self.body.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.eval().requires_grad_(False)
+
+    def forward(self, images: Images, layers: bool = False) -> Tokens:
+        """Images -> Tokens, states [B, N, D]; with ``layers`` also the cells of every stage."""
+        pixels = images.pixels
+        if not pixels.is_floating_point():
+            pixels = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
+        every: tuple[Tensor, ...] | None = None
+        if layers:
+            found, stages = self.body.forward_intermediates(pixels, output_fmt="NCHW")
+            every = tuple(stage.flatten(2).transpose(1, 2) for stage in stages)
+        else:
+            found = self.body.forward_features(pixels)
+        pooled = self.body.forward_head(found, pre_logits=True)
+        cells = found.flatten(1, 2) if self._channels_last(found) else found.flatten(2).transpose(1, 2)
+        if self.config.mean_token:
+            cells = torch.cat([cells.mean(1, keepdim=True), cells], 1)
+        return Tokens(cells, None, pooled, every)
+
+    def _channels_last(self, found: Tensor) -> bool:
+        """Whether the map is [B, h, w, C] (Swin), as timm says by ``output_fmt``."""
+        return getattr(self.body, "output_fmt", "NCHW") == "NHWC"
+
+
+def _create(config: GridConfig, pretrained: bool) -> Any:
+    try:
+        return timm.create_model(config.model, pretrained=pretrained, num_classes=0, **config.arguments)
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise ValueError(f"model.vision.model: timm cannot build {config.model!r}: {error}") from error
