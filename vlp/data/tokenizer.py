@@ -340,7 +340,14 @@ def _with_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
     if not isinstance(tokenizer, TransformersTokenizer):
         raise ValueError(f"data.tokenizer.added_tokens {config.added_tokens}: CLIP's BPE takes none; leave them out")
     backend = tokenizer._tokenizer
+    known = set(backend.get_vocab())
     backend.add_tokens(list(config.added_tokens), special_tokens=True)
+    # The library counts tokens to find the next id, which is taken if the vocabulary left one out (a word twice).
+    if any(backend.get_vocab()[token] < tokenizer.vocabulary.size for token in {*config.added_tokens} - known):
+        raise ValueError(
+            f"data.tokenizer.added_tokens {config.added_tokens}: '{config.source}' has unused ids among its own; "
+            "remove duplicate words from its vocabulary"
+        )
     if config.bos_token is not None:
         if config.bos_token not in backend.get_vocab():
             raise ValueError(

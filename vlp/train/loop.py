@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from objectives.base import Objective
 from objectives.collectives import rank, sum_no_grad, world_size
 from vlp.config import Config
-from vlp.data.loader import Loader, Prepare, pair_example
+from vlp.data.fetch import Prepare, pair_example
+from vlp.data.loader import Loader
 from vlp.train.health import Watch, chance_levels
 from vlp.train.log import RunLog
-from vlp.train.optim import OptimConfig
+from vlp.train.optim import OptimConfig, freeze_parts
 from vlp.train.state import TrainState, write_config
 from vlp.train.step import NonFiniteError, Precision, StepReport, TrainStep
 
@@ -109,6 +110,7 @@ def train(
         NonFiniteError: a loss or gradient was not finite; nothing was updated, the batch lies in the folder.
     """
     config = parts.run.train
+    freeze_parts(parts.model, config.optim)
     model = wrap(parts.model.to(device).train(), config, device)
     loader = open_loader(parts, prepare)
     step = TrainStep(model, config.optim, seed=config.seed, total=config.samples, precision=config.precision)
