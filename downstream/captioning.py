@@ -35,7 +35,8 @@ from objectives import LmConfig, ObjectiveConfig
 from objectives.base import Encode
 from objectives.lm import Lm
 from vlp.config import build
-from vlp.data.loader import DataConfig, Prepare, pair_example
+from vlp.data.fetch import Prepare, pair_example
+from vlp.data.loader import DataConfig
 from vlp.data.reader import Reader
 from vlp.fusion import NoFusionConfig
 from vlp.generate import GenerationConfig, generate_text

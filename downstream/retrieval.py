@@ -23,7 +23,7 @@ from downstream.task import R, Result, TaskConfig, no_labels
 from objectives import ItcConfig, ItmConfig, LmConfig, ObjectiveConfig
 from objectives.itm import Itm
 from vlp.data.benchmark import STYLES, emoji_path, emoji_split_hash
-from vlp.data.loader import Prepare, pair_example
+from vlp.data.fetch import Prepare, pair_example
 from vlp.data.reader import BadSample, Reader, open_reader
 from vlp.fusion import NoFusionConfig
 from vlp.model import Model

@@ -23,10 +23,11 @@ from objectives import ObjectiveConfig
 from objectives.collectives import rank, world_size
 from vlp.config import Config
 from vlp.data.batch import Example, collate
-from vlp.data.loader import DataConfig, Prepare
+from vlp.data.fetch import Prepare
+from vlp.data.group import without_images
+from vlp.data.loader import DataConfig
 from vlp.data.order import rank_slice
-from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
-from vlp.data.records import IMAGE_EXTENSIONS
+from vlp.data.reader import BadSample, Reader, Sample, decode_sample
 from vlp.data.table import IMAGE_COLUMNS
 from vlp.data.transforms import EvalTransform
 from vlp.decoder import DecoderConfig
@@ -148,14 +149,6 @@ def read_samples(
             bad[error.key] = error.reason
             continue
         yield EvalSample(sample, index, f"{raw.source}:{image_key(sample, data)}")
-
-
-def without_images(raw: RawSample) -> RawSample:
-    """Return the sample without its image members, so that nothing is decoded."""
-    return replace(
-        raw,
-        files={name: content for name, content in raw.files.items() if name.rsplit(".", 1)[-1] not in IMAGE_EXTENSIONS},
-    )
 
 
 def image_key(sample: Sample, data: DataConfig) -> str:

@@ -40,7 +40,8 @@ from objectives.base import Fuse
 from objectives.lm import Lm
 from vlp.config import build
 from vlp.data.batch import Example
-from vlp.data.loader import DataConfig, Prepare
+from vlp.data.fetch import Prepare
+from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
 from vlp.generate import GenerationConfig, generate_text
 from vlp.model import Model

@@ -38,7 +38,7 @@ class Example:
     targets: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     """By name, what the task needs beside; stacked over the examples of the batch."""
     image_id: int | None = None
-    """Equal ids mark the same image; None = the loader's own, see ``loader.image_identity``."""
+    """Equal ids mark the same image; None = the loader's own, see ``fetch.image_identity``."""
 
 
 def stable_hash(data: str | bytes) -> int:

@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from encoders.types import Batch
 from objectives.lm import CausalView
 from objectives.mlm import MaskedView
 from vlp.config import build
 from vlp.data.batch import Example, stable_hash
-from vlp.data.loader import DataConfig, Loader, check_hash, image_identity, pair_example
+from vlp.data.fetch import image_identity, pair_example
+from vlp.data.loader import DataConfig, Loader, check_hash
 from vlp.data.reader import BadSample, RawSample, Sample
 from vlp.data.tokenizer import TokenizerConfig, build_tokenizer
-from vlp.data.transforms import EvalTransform, ImageTransformConfig
+from vlp.data.transforms import ImageTransformConfig
 
 SIZE = 23
 WORDS = [f"w{i}" for i in range(SIZE)]
@@ -145,7 +145,7 @@ def test_seeds_differ(tokenizer, expected):
 
 
 def test_unshuffled(tokenizer):
-    loader = make(tokenizer, shuffle=False, transform=EvalTransform(ImageTransformConfig(image_size=4)))
+    loader = make(tokenizer, shuffle=False)
     ids = [i for (batch,) in loader.steps(0, 16) for i in batch.image_id.tolist()]
     assert ids == [stable_hash(f"k{i}") for i in range(16)]
 
@@ -282,20 +282,6 @@ def test_a_task_may_give_its_own_image_id(tokenizer):
 
 def numbered_example(sample, generator):
     return Example(sample.key, sample.images, "w1", image_id=5)
-
-
-@pytest.mark.parametrize("world", [1, 3])
-def test_every_sample_once_for_evaluation(tokenizer, world):
-    reader = MemoryReader(bad=(4, 5, 6, 7))
-    loaders = [make(tokenizer, reader, data=config(bad_samples=1.0), rank=r, world=world) for r in range(world)]
-    batches = [batch for loader in loaders for batch in loader.examples_once(batch_size=4)]
-    assert all(isinstance(batch, Batch) and batch.num_texts <= 4 for batch in batches)
-    good = [i for i in range(SIZE) if i not in reader.bad]
-    assert [p for batch in batches for p in batch.position.tolist()] == good
-    assert [i for batch in batches for i in batch.image_id.tolist()] == [stable_hash(f"k{i}") for i in good]
-    pixels = torch.cat([batch.images["clean"].pixels for batch in batches])
-    assert (pixels[:, 0, 0, 0] > pixels[:, 0, 0, 3]).all()  # no augmentation
-    assert set().union(*(loader.bad for loader in loaders)) == {"k4", "k5", "k6", "k7"}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,0 +1,182 @@
+"""What stands at a position of the run: samples are read, augmented and made into examples, and these into a batch.
+
+Everything here is a pure function of the seed, the position and the data, and runs in loader workers.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from encoders.types import Batch
+from objectives.base import Draw, View
+from vlp.data.batch import Example, collate, numbered, stable_hash
+from vlp.data.group import Groups, without_images
+from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
+from vlp.data.tokenizer import Tokenizer
+from vlp.data.transforms import TrainTransform
+
+if TYPE_CHECKING:
+    from vlp.data.loader import DataConfig
+
+_TRIES = 100  # samples in a row that may be bad
+
+Prepare: TypeAlias = Callable[[Sample, np.random.Generator], Example]
+"""Sample with transformed images, generator keyed by its position and the text's number there -> example of one text.
+It pickles; it may raise BadSample."""
+
+Slot: TypeAlias = tuple[int, int]
+"""Position in the run, index of the sample (or group) there."""
+
+T = TypeVar("T")
+
+
+def pair_example(sample: Sample, generator: np.random.Generator) -> Example:
+    """Image-text pair for pretraining: one of the sample's captions, drawn anew at each position.
+
+    Raises:
+        BadSample: No caption, or only empty ones.
+    """
+    captions = [text for text in sample.texts if text.strip()]
+    if not captions:
+        raise BadSample(sample.key, "no caption, or an empty one")
+    return Example(sample.key, sample.images, captions[int(generator.integers(len(captions)))])
+
+
+def image_identity(raw: RawSample, sample: Sample) -> int:
+    """Id that marks samples of the same image, or concept, as such.
+
+    The field ``image_id`` if there is one; else of shards the key; of tables, whose keys are row numbers and which may
+    name an image in several rows, the content of the image files.
+    """
+    if (named := sample.fields.get("image_id")) is not None:
+        return stable_hash(str(named))
+    if raw.texts is None:
+        return stable_hash(raw.key)
+    return stable_hash(b"".join(raw.files.values()))
+
+
+class Fetched(NamedTuple):
+    """What a worker hands over for one micro-batch; errors come as values, since torch would wrap their message."""
+
+    batch: Batch | None
+    bad: tuple[tuple[str, str], ...]
+    error: ValueError | None
+
+
+@dataclass(frozen=True)
+class Fetch(Dataset[Fetched]):
+    """Slots of one micro-batch -> its batch. Everything that a worker process does."""
+
+    reader: Reader
+    groups: Groups | None
+    """What slots count instead of samples."""
+    prepare: Prepare
+    tokenizer: Tokenizer
+    views: Mapping[str, View]
+    config: DataConfig
+    transform: TrainTransform
+    seed: int
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        return len(self.reader if self.groups is None else self.groups)
+
+    @property
+    def draw(self) -> Draw:
+        """Source of the draws of each position."""
+        return Draw(self.seed)
+
+    def __getitem__(self, slots: Sequence[Slot]) -> Fetched:
+        bad: list[tuple[str, str]] = []
+        try:
+            found = [(position, each) for position, index in slots for each in self._examples(position, index, bad)]
+            positions, examples = [position for position, _ in found], [each for _, each in found]
+            batch = collate(examples, positions, self.tokenizer, self.views, self.config.max_length, self.seed)
+            return Fetched(batch, tuple(bad), None)
+        except ValueError as error:
+            plain = ValueError(str(error))  # subclasses may not pickle
+            plain.add_note("".join(traceback.format_exception(error)))
+            return Fetched(None, tuple(bad), plain)
+
+    def _examples(self, position: int, index: int, bad: list[tuple[str, str]]) -> list[Example]:
+        """The examples of one position; the next good sample takes a bad one's place."""
+        tries = min(_TRIES, len(self))
+        for offset in range(tries):
+            try:
+                return self._make(position, (index + offset) % len(self))
+            except BadSample as error:
+                bad.append((error.key, error.reason))
+        raise ValueError(
+            f"data: {tries} samples in a row are unusable, the first is '{bad[-tries][0]}': {bad[-tries][1]}; "
+            "check the data, and data.image and data.text"
+        )
+
+    def _make(self, position: int, index: int) -> list[Example]:
+        raw, samples = self._read(position, index)
+        # Whatever the task makes the text of must not say left or right when the image is mirrored.
+        said = [text for sample in samples for text in (*sample.texts, *_strings(sample.fields))]
+        generator = self.draw.sample("augment", position)
+        images = tuple(self.transform(image, generator, said) for image in samples[0].images)
+        examples = []
+        for number, sample in enumerate(samples):
+            if self.config.alternates is not None:
+                sample = self._alternate(sample, self.config.alternates, position, number)
+            one = self.prepare(replace(sample, images=images), self.draw.sample(numbered("example", number), position))
+            try:
+                for text in (one.text, *one.other_texts.values()):
+                    text.encode()
+            except UnicodeEncodeError as error:
+                raise BadSample(sample.key, f"text is not Unicode: {error.reason}") from error
+            examples.append(replace(one, image_id=image_identity(raw, sample)) if one.image_id is None else one)
+        return examples
+
+    def _read(self, position: int, index: int) -> tuple[RawSample, list[Sample]]:
+        """The sample as stored, and one sample a text to train on; only the first has its images decoded."""
+        number = self.config.texts_per_image
+        generator = self.draw.sample("texts", position)
+        indices = [index] if self.groups is None else _some_of(self.groups[index].tolist(), number, generator)
+        raws = [self.reader[i] for i in indices]
+        # Whether a text is needed, and which, is for `prepare` to say.
+        config = self.config
+        samples = [decode_sample(raws[0], image=config.image, text=config.text, need_text=False)]
+        for raw in raws[1:]:
+            samples.append(decode_sample(without_images(raw), text=config.text, need_image=False, need_text=False))
+        if number == 1:
+            return raws[0], samples
+        if len(samples[0].images) > 1:
+            raise ValueError(
+                f"data.texts_per_image {number} shares one image, but sample '{samples[0].key}' has "
+                f"{len(samples[0].images)}; set it to 1"
+            )
+        if len(samples) == 1:  # its captions, in an order of their own at each position
+            captions = [replace(samples[0], texts=(each,)) for each in samples[0].texts]
+            samples = _some_of(captions, number, generator) or samples
+        return raws[0], [samples[i % len(samples)] for i in range(number)]
+
+    def _alternate(self, sample: Sample, field: str, position: int, number: int) -> Sample:
+        """The sample with one of its other texts in place of its own, for a share of the positions."""
+        found = [text for text in _strings(sample.fields.get(field, ())) if text.strip()]
+        generator = self.draw.sample(numbered("alternate", number), position)
+        if not found or generator.random() >= self.config.alternate_share:
+            return sample
+        return replace(sample, texts=(found[int(generator.integers(len(found)))],))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All strings in nested fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(item)
+
+
+def _some_of(items: Sequence[T], number: int, generator: np.random.Generator) -> list[T]:
+    """Up to ``number`` of the items in a drawn order."""
+    return [items[i] for i in np.argsort(generator.random(len(items)), kind="stable")[:number]]
