@@ -11,9 +11,10 @@ from typing import Any, Literal
 import timm
 import torch
 from pydantic import Field
-from timm.layers import HybridEmbed
+from timm.layers import HybridEmbed, LayerNorm, PatchEmbed
 from torch import Tensor, nn
 
+from encoders.positions import PositionResize, positions_per_image
 from encoders.types import Images, Tokens
 from vlp.config import Config
 
@@ -38,8 +39,15 @@ class PatchConfig(Config):
     """Attention heads; None = the model's own."""
     stem: tuple[int, ...] = ()
     """Channels of strided 3x3 convolutions before the patches; each halves the side, `patch_size` counts after them."""
+    eps: float | None = None
+    """Epsilon of the layer norms; None = the model's own (1e-6; CLIP's 1e-5)."""
     class_token: bool = True
     """Keep the class token; without it `pooled` is the mean of the patches."""
+    position_resize: PositionResize = "bicubic_antialias"
+    """How stored position embeddings become those of another `image_size` when weights are loaded."""
+    position_size: int | None = None
+    """Side in pixels of the square that the position embeddings are of, where images keep their aspect ratio: they are
+    interpolated for each image's own rows and columns of patches (ViLT). None = `image_size`, and no interpolation."""
     drop_path: float = 0.0
     """Stochastic depth rate."""
     mask_token: bool = False
@@ -90,6 +98,11 @@ class PatchEncoder(nn.Module):
         )
         self.width: int = self.vit.embed_dim
         self.bare = config.depth == 0
+        if config.position_size is not None and (not self.bare or config.stem):
+            raise ValueError(
+                f"model.vision.position_size {config.position_size} needs model.vision.depth 0 and no stem; "
+                "set it to none, or take kind single_stream with bare patch embeddings"
+            )
         self.register_buffer("mean", _channels(self.config.mean), persistent=False)
         self.register_buffer("std", _channels(self.config.std), persistent=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.width)) if config.mask_token else None
@@ -117,30 +130,47 @@ class PatchEncoder(nn.Module):
         self.vit.load_state_dict({name: theirs[name] for name in ours})
 
     def forward(self, images: Images, layers: bool = False) -> Tokens:
-        """Images -> Tokens, states [B, N, D]; with ``layers`` also every block's states."""
+        """Images -> Tokens, states [B, N, D]; with ``layers`` also what the first block reads and every block's states.
+
+        States of ``layers`` have not been through the final norm; :meth:`finish` applies it.
+        """
         pixels = images.pixels
         if not pixels.is_floating_point():
             pixels = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
         keep = self._keep(images.keep)
         # Not every ViT of timm takes a mask (BEiT does not), so none is given where none is needed.
         given: dict[str, Any] = {} if keep is None else {"attn_mask": keep[:, None, None, :]}
-        every: tuple[Tensor, ...] | None
-        hook = None
+        every: list[Tensor] = []
+        hooks = []
         if images.masked is not None:
-            hook = self.vit.patch_embed.register_forward_hook(partial(self._replace_masked, images.masked))
+            hooks.append(self.vit.patch_embed.register_forward_hook(partial(self._replace_masked, images.masked)))
+        if layers and not self.bare:
+            hooks.append(self.vit.blocks[0].register_forward_pre_hook(lambda _, inputs: every.append(inputs[0])))
+            hooks += [block.register_forward_hook(lambda _, __, out: every.append(out)) for block in self.vit.blocks]
         try:
-            if layers and not self.bare:
-                given |= {"output_fmt": "NLC", "return_prefix_tokens": True}
-                states, found = self.vit.forward_intermediates(pixels, **given)
-                # timm pairs patches with prefix tokens only where there are prefix tokens.
-                every = tuple(x if isinstance(x, Tensor) else torch.cat([x[1], x[0]], 1) for x in found)
-            else:
+            if self.config.position_size is None:
                 states = self.vit.forward_features(pixels, **given)
-                every = () if layers else None
+            else:
+                states = self._embed_per_image(pixels, images.keep)
         finally:
-            if hook is not None:
+            for hook in hooks:
                 hook.remove()
-        return Tokens(states, keep, self._pool(states, keep), every)
+        return Tokens(states, keep, self._pool(states, keep), tuple(every or [states]) if layers else None)
+
+    def finish(self, states: Tensor) -> Tensor:
+        """Apply the final norm to a layer's states [B, N, D]."""
+        return self.vit.norm(states)
+
+    def _embed_per_image(self, pixels: Tensor, keep: Tensor | None) -> Tensor:
+        """[B, 3, H, W] and keep [B, P] -> [B, N, D]: patches with the positions of each image's own grid."""
+        side = self.vit.patch_embed.patch_size[0]
+        grid = pixels.shape[2] // side, pixels.shape[3] // side
+        prefix = self.vit.num_prefix_tokens
+        positions = positions_per_image(self.vit.pos_embed[0], grid, prefix, keep)  # [B or 1, N, D]
+        states = self.vit.patch_embed(pixels)
+        if prefix:
+            states = torch.cat([self.vit.cls_token.expand(len(pixels), -1, -1), states], 1)
+        return self.vit.pos_drop(states + positions)
 
     def _keep(self, patches: Tensor | None) -> Tensor | None:
         """[B, P] -> keep [B, N] with the prefix tokens."""
@@ -178,8 +208,12 @@ def _create(config: PatchConfig, pretrained: bool) -> Any:
     arguments |= {"img_size": config.image_size, "drop_path_rate": config.drop_path, "num_classes": 0}
     if not config.class_token:
         arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    if config.eps is not None:
+        arguments["norm_layer"] = partial(LayerNorm, eps=config.eps)
     if config.depth == 0:
         arguments["final_norm"] = False  # what the fusion reads are embeddings, normalised by its own blocks
+    if config.position_size is not None:
+        arguments |= {"img_size": config.position_size, "embed_layer": partial(PatchEmbed, strict_img_size=False)}
     if config.stem:
         arguments["embed_layer"] = partial(HybridEmbed, backbone=ConvStem(config.stem))
     try:

@@ -6,8 +6,10 @@ Shapes: N prefix tokens and patches, D width.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, cat
 from torch.nn import functional as F
 
@@ -64,3 +66,39 @@ def resize_positions(
         image = F.interpolate(image, grid, mode="bicubic", antialias=method == "bicubic_antialias")
     resized = image[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
     return cat([rows[:prefix], resized]).view(*table.shape[:-2], -1, table.shape[-1])
+
+
+def positions_per_image(table: Tensor, grid: tuple[int, int], prefix: int = 1, keep: Tensor | None = None) -> Tensor:
+    """Interpolate a square table for each image of a batch to the rows and columns of patches that it fills (ViLT).
+
+    "bilinear_corners" for sizes that only the device knows: interpolation along an axis is a product with a matrix of
+    two weights a row, so that nothing waits for the host; in float32, as half precision would blur the places.
+
+    Args:
+        table: [prefix + S * S, D].
+        grid: Rows and columns of patches of the batch, to which smaller images are padded at the bottom and right.
+        prefix: Rows at the start that belong to no patch.
+        keep: [B, rows * columns] bool, patches that hold image; None = all.
+
+    Returns:
+        [B, prefix + rows * columns, D], or [1, ...] without ``keep``; what stands at padding means nothing.
+    """
+    side = math.isqrt(table.shape[0] - prefix)
+    assert side * side == table.shape[0] - prefix, (table.shape, prefix)
+    image = table[prefix:].float().unflatten(0, (side, side))  # [S, S, D]
+    if keep is None:
+        counts = [torch.full((1,), number, device=table.device) for number in grid]
+    else:
+        filled = keep.unflatten(1, grid)
+        counts = [filled[:, :, 0].sum(1), filled[:, 0].sum(1)]
+    rows, columns = (_between(number, size, side) for number, size in zip(counts, grid, strict=True))
+    device = table.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        patches = torch.einsum("brs,std,bct->brcd", rows, image, columns).flatten(1, 2).to(table.dtype)
+    return cat([table[:prefix].expand(len(patches), -1, -1), patches], 1)
+
+
+def _between(count: Tensor, size: int, side: int) -> Tensor:
+    """Weights [B, size, side] of a table of ``side`` rows at ``count`` [B] evenly spread places, ends included."""
+    at = torch.arange(size, device=count.device) * ((side - 1) / (count - 1).clamp(min=1))[:, None]  # [B, size]
+    return (1 - (at[..., None] - torch.arange(side, device=count.device)).abs()).clamp(min=0)

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from encoders import PatchConfig
+from encoders.positions import resize_positions
 from encoders.types import Images
+from vlp.data.transforms import pad_images
 
 PIXELS = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 SMALL = {"model": "vit_tiny_patch16_224", "image_size": 32, "width": 32, "heads": 4}
@@ -14,15 +16,48 @@ SMALL = {"model": "vit_tiny_patch16_224", "image_size": 32, "width": 32, "heads"
 def test_layers_end_in_the_states(settings):
     encoder = PatchConfig(**SMALL, depth=2, **settings).build().eval()
     found = encoder(Images(PIXELS), layers=True)
-    assert [layer.shape for layer in found.layers] == [found.states.shape] * 2
+    assert [layer.shape for layer in found.layers] == [found.states.shape] * 3
     assert torch.equal(found.states, encoder(Images(PIXELS)).states)
-    torch.testing.assert_close(encoder.vit.norm(found.layers[-1]), found.states)
+    assert torch.equal(encoder.vit.blocks[0](found.layers[0]), found.layers[1])
+    assert torch.equal(encoder.finish(found.layers[-1]), found.states)
 
 
-def test_bare_embeddings_have_no_layers():
+def test_the_only_layer_of_bare_embeddings_is_themselves():
     encoder = PatchConfig(**SMALL, depth=0).build().eval()
     found = encoder(Images(PIXELS), layers=True)
-    assert found.layers == () and torch.equal(found.states, encoder(Images(PIXELS)).states)
+    assert len(found.layers) == 1 and torch.equal(found.layers[0], found.states)
+    assert torch.equal(found.states, encoder(Images(PIXELS)).states)
+
+
+def test_epsilon():
+    encoder = PatchConfig(**SMALL, depth=2, eps=1e-3).build()
+    assert {part.eps for part in encoder.modules() if isinstance(part, torch.nn.LayerNorm)} == {1e-3}
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_positions_of_each_image_own_grid(class_token):
+    """Images of unlike sizes in one batch get what each gets alone; the table is for 32 x 32 pixels in patches of 4."""
+    encoder = PatchConfig(
+        **SMALL | {"image_size": 64}, patch_size=4, depth=0, position_size=32, class_token=class_token
+    ).build()
+    sizes = [(16, 24), (8, 40), (4, 4), (32, 32)]
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
+    found = encoder(pad_images(images, 4))
+    for row, image in enumerate(images):
+        alone = encoder(Images(image[None])).states[0]
+        torch.testing.assert_close(found.states[row][found.keep[row]], alone, rtol=1e-5, atol=1e-6)
+        table = encoder.vit.pos_embed[0]
+        wanted = resize_positions(
+            table, (image.shape[1] // 4, image.shape[2] // 4), int(class_token), "bilinear_corners"
+        )
+        pixels = (image[None].float() / 255 - encoder.mean) / encoder.std
+        patches = encoder.vit.patch_embed(pixels)[0] + wanted[int(class_token) :]
+        torch.testing.assert_close(alone[int(class_token) :], patches, rtol=1e-5, atol=1e-6)
+
+
+def test_positions_of_each_image_need_bare_patches():
+    with pytest.raises(ValueError, match=r"position_size 32 needs model\.vision\.depth 0"):
+        PatchConfig(**SMALL, depth=2, position_size=32).build()
 
 
 def test_a_vit_that_takes_no_mask():
