@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from encoders.positions import PositionResize, resize_positions
 from vlp.checkpoint.folder import CARD, check_whole, checkpoint_folder, find_checkpoint, replace_folder
 from vlp.checkpoint.migrate import lift_names
 from vlp.config import FORMAT, Config, to_yaml
@@ -175,7 +175,7 @@ def load_weights(
 ) -> LoadReport:
     """Copy stored weights into a model, in its dtype and on its device; shared weights stay shared.
 
-    The vision encoder's position embedding is interpolated where the image size differs.
+    The vision encoder's position embedding is interpolated where the image size differs; its config says how.
 
     Args:
         model: to fill.
@@ -189,6 +189,8 @@ def load_weights(
             values; all in one line. The model is unchanged then.
     """
     targets = model.state_dict()
+    vision = getattr(getattr(model, "vision", None), "config", None)
+    method: PositionResize = getattr(vision, "position_resize", "bicubic_antialias")
     skip = _matching(state, ignore)
     given = {name: tensor for name, tensor in state.items() if name not in skip}
     filled: dict[str, Tensor] = {}
@@ -204,7 +206,7 @@ def load_weights(
             for other in stored[1:]
             if not torch.equal(given[other], tensor)
         ]
-        if tensor.shape != wanted.shape and (fitted := _resize(first, tensor, wanted)) is not None:
+        if tensor.shape != wanted.shape and (fitted := _resize(first, tensor, wanted, method)) is not None:
             tensor = fitted
             resized.append(first)
         if tensor.shape != wanted.shape:
@@ -220,8 +222,19 @@ def load_weights(
         raise ValueError(f"the weights do not fit the model: {'; '.join(problems)}")
     converted = [name for name, tensor in filled.items() if tensor.dtype != targets[name].dtype]
     model.load_state_dict(filled, strict=False)
+    _fill_teacher(model, missing)
     loaded = tuple(name for name in filled if name not in {*resized, *converted})
-    return LoadReport(loaded, tuple(resized), tuple(converted), tuple(missing), tuple(unexpected), tuple(sorted(skip)))
+    notes = (f"position embeddings resized by {method} interpolation",) if resized else ()
+    return LoadReport(
+        loaded, tuple(resized), tuple(converted), tuple(missing), tuple(unexpected), tuple(sorted(skip)), notes
+    )
+
+
+def _fill_teacher(model: nn.Module, missing: Iterable[str]) -> None:
+    """A momentum teacher that was not stored begins as its student."""
+    teacher = getattr(model, "teacher", None)
+    if teacher is not None:
+        teacher.copy_from(model, {name.removeprefix("teacher.") for name in missing if name.startswith("teacher.")})
 
 
 def _matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
@@ -246,16 +259,12 @@ def _pattern(names: list[str]) -> str:
     return ".".join([*common, "*"])
 
 
-def _resize(name: str, stored: Tensor, wanted: Tensor) -> Tensor | None:
+def _resize(name: str, stored: Tensor, wanted: Tensor, method: PositionResize) -> Tensor | None:
     """Position embedding [1, prefix + n * n, D] of a ViT at another image size; None where it is something else."""
     if name != "vision.vit.pos_embed" or stored.dim() != 3 or stored.shape[2] != wanted.shape[2]:
         return None
     prefix = stored.shape[1] - math.isqrt(stored.shape[1]) ** 2  # squares lie further apart than a few prefix tokens
-    count = wanted.shape[1] - prefix
-    before, after = math.isqrt(stored.shape[1] - prefix), math.isqrt(count)
-    if after * after != count or before < 1:
+    after = math.isqrt(wanted.shape[1] - prefix)
+    if after * after != wanted.shape[1] - prefix or stored.shape[1] <= prefix:
         return None
-    grid = stored[:, prefix:].float().unflatten(1, (before, before)).permute(0, 3, 1, 2)  # [1, D, n, n]
-    grid = F.interpolate(grid, (after, after), mode="bicubic", antialias=True)
-    patches = grid.permute(0, 2, 3, 1).flatten(1, 2).to(stored.dtype)
-    return torch.cat([stored[:, :prefix], patches], 1)
+    return resize_positions(stored, (after, after), prefix, method)
