@@ -110,6 +110,8 @@ class TextConfig(StackConfig):
     """Every text is read left to right (CLIP)."""
     pool: Literal["cls", "last", "mean"] = "cls"
     """`pooled`: the first token's state, the last real token's (CLIP), or the mean."""
+    fused_first: int | None = None
+    """Id that a text begins with where it is fused with an image (BLIP's [ENC]); none = its own first id."""
 
     def build(self) -> TextEncoder:
         """Build the encoder with random weights."""
@@ -154,6 +156,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config, self.width, self.bare = config, config.width, config.layers == 0
+        self.fused_first = config.fused_first
         self.embeddings = TextEmbeddings(config)
         self.blocks = nn.ModuleList(config.block() for _ in range(config.layers))
         self.final_norm = (

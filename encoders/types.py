@@ -70,6 +70,10 @@ class Texts:
     """[T, L] int64 targets, -100 where there is none. A causal view's labels are already shifted."""
     label_at: Tensor | None = None
     """[K] int64 flat positions t * L + l of the labels, padded with -1 to a multiple of 8 (no boolean indexing)."""
+    owner: Tensor | None = None
+    """[T] int64 row of the clean view that each text belongs to, where their numbers differ (a question's answers)."""
+    weight: Tensor | None = None
+    """[T] float, how much each text counts in its loss (None = all the same)."""
 
 
 @dataclass(frozen=True)

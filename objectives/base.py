@@ -221,6 +221,8 @@ class ModelSpec:
     """Width of the contrastive embedding; None when no objective trains one."""
     word_embedding: nn.Parameter | None
     """[V, D] of the text encoder, for tied heads."""
+    decoder_words: nn.Parameter | None = None
+    """[V, D] of the decoder, which may be the text encoder's; None without a decoder."""
     fusion: str = "none"
     fusion_attention: tuple[AttentionKind, ...] = ()
     """Attention kinds of texts that the fusion can honour without leaking."""

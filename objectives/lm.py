@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from encoders.types import AttentionKind, Batch, Vocabulary
+from encoders.types import AttentionKind, Batch, Texts, Vocabulary
 from objectives.base import Decode, Draw, Encode, Fuse, LossOutput, ModelSpec, Objective, Pass, Results, Side, ViewText
-from objectives.heads import VocabularyHead
+from objectives.heads import VocabularyHead, labelled
 from objectives.mlm import count_labels, word_loss
 from vlp.config import Config
 
@@ -32,7 +33,12 @@ class LmConfig(Config):
     view: str = "causal"
     """Text that is written: the caption, or `lm:answer` for the answers of generative VQA."""
     tied: bool = True
-    """The output words are the text encoder's word embedding."""
+    """The output words are the decoder's word embedding."""
+    prompt: tuple[int, ...] = ()
+    """Ids that every text begins with after bos: given, not predicted (BLIP's captions: "a picture of")."""
+    mean: Literal["words", "texts"] = "words"
+    """`words`: over all words. `texts`: a text's words are summed and times its weight, over what the texts belong to:
+    questions, or images (ALBEF's and BLIP's VQA)."""
 
     trains_embed: ClassVar[bool] = False
 
@@ -58,17 +64,20 @@ class LmConfig(Config):
 
 @dataclass(frozen=True)
 class CausalView:
-    """The text as a generator sees it: bos, words, eos; each position's label is the next token."""
+    """The text as a generator sees it: bos, prompt, words, eos; the label is the next token, none within the prompt."""
 
     attention: AttentionKind = "causal"
+    prompt: tuple[int, ...] = ()
 
     def make(
         self, ids: np.ndarray, word_starts: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
     ) -> ViewText:
         """Make the view of one text [L] that begins with cls and ends with sep."""
         inner = ids[~np.isin(ids, [vocabulary.cls, vocabulary.sep, vocabulary.pad])]
-        written = np.concatenate([[vocabulary.bos], inner, [vocabulary.eos]]).astype(np.int64)
-        return ViewText(written, np.append(written[1:], -100))
+        written = np.concatenate([[vocabulary.bos], self.prompt, inner, [vocabulary.eos]]).astype(np.int64)
+        labels = np.append(written[1:], -100)
+        labels[: len(self.prompt)] = -100
+        return ViewText(written, labels)
 
 
 class Lm(Objective):
@@ -79,23 +88,52 @@ class Lm(Objective):
         assert spec.decoder_width is not None
         self.config, self.vocabulary_size = config, spec.vocabulary_size
         self.head = VocabularyHead(
-            spec.decoder_width, spec.vocabulary_size, spec.word_embedding if config.tied else None, eps=spec.text_eps
+            spec.decoder_width, spec.vocabulary_size, spec.decoder_words if config.tied else None, eps=spec.text_eps
         )
         self.memory: Encode | Fuse = Encode("image") if config.memory == "image" else Fuse()
         self.written = Decode(self.memory, config.view)
         self.needs: frozenset[Pass] = frozenset({self.written})
-        self.views = {config.view: CausalView()}
+        self.views = {config.view: CausalView(prompt=config.prompt)}
 
-    def count(self, batch: Batch) -> Tensor:
-        return count_labels(batch, self.config.view)
+    def count(self, batch: Batch) -> Tensor | float:
+        return count_labels(batch, self.config.view) if self.config.mean == "words" else self._owners(batch)
+
+    def _owners(self, batch: Batch) -> float:
+        """How many images or questions the texts belong to."""
+        text = batch.texts[self.config.view]
+        if text.owner is None:
+            return float(text.ids.shape[0])
+        return float(batch.num_images if self.config.memory == "image" else batch.texts["clean"].ids.shape[0])
 
     def chance(self, candidates: int) -> float:
         return math.log(self.vocabulary_size)
 
     def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
-        """Cross-entropy of the next word, mean over the words."""
-        text = batch.texts[self.config.view]
+        """Cross-entropy of the next word, mean over the words or over what the texts belong to."""
+        text, states = batch.texts[self.config.view], results[self.written].states
         assert text.labels is not None
-        return word_loss(
-            self.head, results[self.written].states, text.labels, text.label_at, self.config.label_smoothing
-        )
+        if self.config.mean == "words":
+            return word_loss(self.head, states, text.labels, text.label_at, self.config.label_smoothing)
+        losses = text_losses(self.head, states, text, self.config.label_smoothing)
+        if text.weight is not None:
+            losses = losses * text.weight
+        return LossOutput(losses.sum() / self._owners(batch))
+
+
+def text_losses(head: nn.Module, states: Tensor, text: Texts, smoothing: float = 0.0) -> Tensor:
+    """Return each text's cross-entropy, summed over its labelled words, [T].
+
+    Args:
+        head: states [..., D] -> logits [..., V].
+        states: [T, L, D].
+        text: with labels [T, L].
+        smoothing: share of the target spread over the vocabulary.
+    """
+    assert text.labels is not None
+    picked, targets = labelled(states, text.labels, text.label_at)  # [K, D], [K]
+    losses = F.cross_entropy(head(picked).float(), targets, reduction="none", label_smoothing=smoothing)
+    number, length = text.labels.shape
+    if text.label_at is None:
+        return losses.unflatten(0, (number, length)).sum(1)
+    rows = text.label_at.clamp(min=0) // length  # padding has no loss
+    return losses.new_zeros(number).index_add(0, rows, losses)

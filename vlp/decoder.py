@@ -67,6 +67,13 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = nn.LayerNorm(stack.width, stack.eps) if stack.norm == "pre" else nn.Identity()
 
+    @property
+    def word_embedding(self) -> nn.Parameter:
+        """[V, D], for tied heads."""
+        weight = self.embeddings.word.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
     def load_pretrained(self) -> None:
         """Fill the blocks from ``config.init``, where the recipe names one."""
         if self.config.init is not None:

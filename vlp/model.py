@@ -191,6 +191,7 @@ class Model(nn.Module):
             embed_width=config.embed.width if trains_embed else None,
             word_embedding=word,
             fusion=config.fusion.kind,
+            decoder_words=self.decoder.word_embedding if self.decoder else None,
             fusion_attention=fusion.attention_kinds if fusion else (),
             text_eps=getattr(config.text, "eps", 1e-12),
         )

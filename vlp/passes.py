@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from encoders.types import AttentionKind, Batch, Modality, Tokens
+from encoders.types import AttentionKind, Batch, Modality, Texts, Tokens
 from objectives.base import MAIN, Decode, Embed, Encode, Fuse, Fused, Pass, Results, Rows
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Step:
     def __init__(self, model: Model | Teacher, batch: Batch, layers: bool = False) -> None:
         self.model, self.batch, self.layers = model, batch, layers
         self.results = model.new_results()
-        self._read: dict[tuple[Modality, str], Tokens] = {}
+        self._read: dict[tuple[Modality, str, int | None], Tokens] = {}
         self._teacher: Step | None = None
 
     def run(self, passes: Iterable[Pass], give_rows: GiveRows | None = None) -> Results:
@@ -105,15 +105,23 @@ class Step:
         for one in wanted:
             self.results[one] = found[_without_teacher(one)]
 
-    def _tower(self, modality: Modality, view: str) -> Tokens:
-        """What the fusion reads: the encoder's output, which is bare embeddings where the fusion is the tower."""
-        key = (modality, view)
+    def _tower(self, modality: Modality, view: str, first: int | None = None) -> Tokens:
+        """What the fusion reads: the encoder's output, which is bare embeddings where the fusion is the tower.
+
+        ``first`` takes the place of a text's first id.
+        """
+        key = (modality, view, first)
         if key not in self._read:
             encoder = self.model.vision if modality == "image" else self.model.text
             given = self.batch.images if modality == "image" else self.batch.texts
             if encoder is None or view not in given:
                 raise ValueError(f"the batch has no {modality} view {view!r}; it has {sorted(given)}")
-            self._read[key] = encoder(given[view], layers=self.layers)
+            read = given[view]
+            if first is not None:
+                assert isinstance(read, Texts)
+                ids = torch.cat([torch.full_like(read.ids[:, :1], first), read.ids[:, 1:]], 1)
+                read = replace(read, ids=ids)
+            self._read[key] = encoder(read, layers=self.layers)
         return self._read[key]
 
     def _encode(self, name: Encode) -> Tokens:
@@ -144,7 +152,9 @@ class Step:
             raise ValueError("this model has no decoder; set model.decoder.kind causal and train objective lm")
         memory = memory_of(self.results[replace(name.memory, teacher=False)], self.model.decoder.config.memory)
         index = self.batch.image_of_text if isinstance(name.memory, Encode) else None
-        return self.model.decoder(self.batch.texts[name.text], memory, index, layers=self.layers)
+        if text.owner is not None:
+            index = text.owner if index is None else index.index_select(0, text.owner)
+        return self.model.decoder(text, memory, index, layers=self.layers)
 
     def _fuse(self, wanted: list[Fuse]) -> None:
         """Run all fuse passes, stacked where attention kind and sides agree."""
@@ -177,7 +187,8 @@ class Step:
         for one in group:
             rows = self._rows(one)
             if one.text is not None:
-                text = self._tower("text", one.text)
+                first_id = getattr(self.model.text, "fused_first", None) if one.image is not None else None
+                text = self._tower("text", one.text, first_id)
                 parts.append(text if rows.text is None else take(text, rows.text))
                 sizes.append(parts[-1].states.shape[0])
                 prefix = self.batch.texts[one.text].prefix
