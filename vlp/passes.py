@@ -151,6 +151,7 @@ class Step:
         if self.model.decoder is None:
             raise ValueError("this model has no decoder; set model.decoder.kind causal and train objective lm")
         memory = memory_of(self.results[replace(name.memory, teacher=False)], self.model.decoder.config.memory)
+        text = self.batch.texts[name.text]
         index = self.batch.image_of_text if isinstance(name.memory, Encode) else None
         if text.owner is not None:
             index = text.owner if index is None else index.index_select(0, text.owner)
