@@ -7,7 +7,8 @@ from pydantic import Field
 from encoders.grid import GridConfig
 from encoders.hf_text import HfTextConfig
 from encoders.patch import PatchConfig
+from encoders.region import RegionConfig
 from encoders.text import TextConfig
 
-VisionConfig: TypeAlias = Annotated[PatchConfig | GridConfig, Field(discriminator="kind")]
+VisionConfig: TypeAlias = Annotated[PatchConfig | GridConfig | RegionConfig, Field(discriminator="kind")]
 AnyTextConfig: TypeAlias = Annotated[TextConfig | HfTextConfig, Field(discriminator="kind")]

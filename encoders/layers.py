@@ -93,17 +93,23 @@ def attention_mask(
 
 
 class Attention(nn.Module):
-    """Multi-head attention (Vaswani et al. 2017, eq. 1) with separate query, key and value projections."""
+    """Multi-head attention (Vaswani et al. 2017, eq. 1) with separate query, key and value projections.
 
-    def __init__(self, width: int, heads: int, *, kv_width: int | None = None, dropout: float = 0.0) -> None:
+    All heads together are ``inner`` wide, else as wide as the states.
+    """
+
+    def __init__(
+        self, width: int, heads: int, *, kv_width: int | None = None, inner: int | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not divisible by heads {heads}; choose heads that divide it")
+        inner = inner or width
+        if inner % heads:
+            raise ValueError(f"width {inner} is not divisible by heads {heads}; choose heads that divide it")
         self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(kv_width or width, width)
-        self.value = nn.Linear(kv_width or width, width)
-        self.out = nn.Linear(width, width)
+        self.query = nn.Linear(width, inner)
+        self.key = nn.Linear(kv_width or width, inner)
+        self.value = nn.Linear(kv_width or width, inner)
+        self.out = nn.Linear(inner, width)
 
     def project(self, memory: Tensor) -> KeyValues:
         """[B, S, kv_width] -> keys and values, [B, H, S, D / H] each."""

@@ -45,6 +45,12 @@ class Regions:
     """[B, R] int64 segment ids (None = the encoder's own)."""
     positions: Tensor | None = None
     """[B, R] or [B, R, A] int64, text positions that a region is aligned with, -1 = none (VisualBERT on VCR)."""
+    predict: Tensor | None = None
+    """[B, R] bool, regions that are to be predicted (None = the masked ones); some may show their features (LXMERT)."""
+    predict_at: Tensor | None = None
+    """[K] int64 flat positions b * R + r of these, padded with -1 to a multiple of 8 (no boolean indexing)."""
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the detector said of each region, by name: "features" [B, R, F], "classes" [B, R, C], "objects" [B, R]."""
 
 
 Vision: TypeAlias = Images | Regions

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from encoders import AnyTextConfig, PatchConfig, TextConfig, VisionConfig
+from encoders.region import RegionEncoder
 from encoders.types import Batch, Modality
 from objectives import ObjectiveConfig
 from objectives.base import (
@@ -109,6 +110,8 @@ class Model(nn.Module):
             self.vision = config.vision.build()
         with part_seed(seed, "text"):
             self.text = config.text.build()
+        if isinstance(self.vision, RegionEncoder):
+            self.vision.tie(self.text)
         with part_seed(seed, "fusion"):
             self.fusion: Fusion | None = None
             if not isinstance(config.fusion, NoFusionConfig):

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from pydantic import Field
 
-from encoders import TextConfig
+from encoders import RegionConfig, TextConfig
 from objectives import ObjectiveConfig
 from vlp.config import Config
 from vlp.data.loader import DataConfig
@@ -55,15 +55,17 @@ def settle(run: R) -> R:
     Raises:
         ValueError: the tree states the two differently.
     """
-    side, wanted = run.model.vision.image_size, run.data.transform.image_size
-    if wanted is not None and wanted != side:
-        raise ValueError(
-            f"data.transform.image_size {wanted} is not model.vision.image_size {side}; leave the first one out"
-        )
     if isinstance(run.model.text, TextConfig) and run.data.max_length > run.model.text.max_length:
         raise ValueError(
             f"data.max_length {run.data.max_length} is more than model.text.max_length {run.model.text.max_length}; "
             "lower the first or raise the second"
+        )
+    if isinstance(run.model.vision, RegionConfig):
+        return run
+    side, wanted = run.model.vision.image_size, run.data.transform.image_size
+    if wanted is not None and wanted != side:
+        raise ValueError(
+            f"data.transform.image_size {wanted} is not model.vision.image_size {side}; leave the first one out"
         )
     transform = run.data.transform.model_copy(update={"image_size": side})
     return run.model_copy(update={"data": run.data.model_copy(update={"transform": transform})})
