@@ -129,7 +129,7 @@ def _tokens(case: Case) -> Iterator[tuple[str, object, object]]:
         yield f"wordpiece {text!r:.30}", found, ids
         yield f"wordpiece {text!r:.30} tokens", [words[i] for i in found], tokens
     for pair in bert["pairs"]:
-        ids, segments = tokenizer.encode_pair(*pair["pair"], _PAIR_LENGTH)
+        ids, segments = tokenizer.encode_pair(pair["pair"][0], pair["pair"][1], _PAIR_LENGTH)
         shown = f"wordpiece pair {pair['pair'][0]!r:.20}"
         yield shown, ids.tolist(), pair["input_ids"]
         yield f"{shown} segments", segments.tolist(), pair["token_type_ids"]
