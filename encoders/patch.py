@@ -112,6 +112,11 @@ class PatchEncoder(nn.Module):
         """N, tokens of one image."""
         return self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's patches."""
+        return self.vit.patch_embed.grid_size
+
     def load_pretrained(self) -> None:
         """Fill the weights with timm's, where the recipe asks for them; a shallower model takes the first blocks.
 

@@ -102,6 +102,8 @@ class TextConfig(StackConfig):
     """Rows of the position embedding: the longest text."""
     position_offset: int = 0
     """First position id (RoBERTa: 2)."""
+    absolute_positions: bool = True
+    """Add a position embedding; off where attention knows the distances (VLMo)."""
     segments: int = 2
     """Rows of the token-type embedding; 0 = none (BLIP, CLIP)."""
     embed_norm: bool = True
@@ -127,7 +129,8 @@ class TextEmbeddings(nn.Module):
             raise ValueError("model.text.vocabulary_size is unknown: give it or a tokenizer")
         self.offset, self.max_length = config.position_offset, config.max_length
         self.word = nn.Embedding(config.vocabulary_size, config.width)
-        self.position = nn.Embedding(config.max_length + config.position_offset, config.width)
+        rows = config.max_length + config.position_offset
+        self.position = nn.Embedding(rows, config.width) if config.absolute_positions else None
         self.segment = nn.Embedding(config.segments, config.width) if config.segments else None
         self.norm = nn.LayerNorm(config.width, config.eps) if config.embed_norm else nn.Identity()
         self.drop = nn.Dropout(config.dropout)
@@ -140,10 +143,12 @@ class TextEmbeddings(nn.Module):
                 f"texts of {first + length} tokens, but model.text.max_length is {self.max_length}; "
                 "shorten data.max_length or raise it"
             )
-        positions = texts.positions
-        if positions is None:
-            positions = torch.arange(first, first + length, device=texts.ids.device)[None] + self.offset
-        states = self.word(texts.ids) + self.position(positions)
+        states = self.word(texts.ids)
+        if self.position is not None:
+            positions = texts.positions
+            if positions is None:
+                positions = torch.arange(first, first + length, device=texts.ids.device)[None] + self.offset
+            states = states + self.position(positions)
         if self.segment is not None:
             segments = torch.zeros_like(texts.ids) if texts.segments is None else texts.segments
             states = states + self.segment(segments)

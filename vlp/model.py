@@ -41,6 +41,7 @@ from vlp.decoder import Decoder, DecoderConfig
 from vlp.embed import EmbedConfig, EmbedSpace
 from vlp.fusion import Fusion, FusionConfig, NoFusionConfig
 from vlp.fusion.dual import DualStream, DualStreamConfig
+from vlp.fusion.multiway import MultiwayConfig
 from vlp.parts import part_seed
 from vlp.passes import Step, close, views
 from vlp.teacher import Teacher
@@ -116,7 +117,11 @@ class Model(nn.Module):
             self.fusion: Fusion | None = None
             if not isinstance(config.fusion, NoFusionConfig):
                 fusion = config.fusion.beside(self.text.stack)
-                self.fusion = fusion.build(self.vision.width, self.text.width, reads)
+                widths = self.vision.width, self.text.width
+                if isinstance(fusion, MultiwayConfig):
+                    self.fusion = fusion.build(*widths, reads, getattr(self.vision, "grid", None))
+                else:
+                    self.fusion = fusion.build(*widths, reads)
         with part_seed(seed, "decoder"):
             self.decoder = self._build_decoder(config)
         with part_seed(seed, "embed"):
@@ -126,6 +131,7 @@ class Model(nn.Module):
         for name, one in objectives.items():
             with part_seed(seed, f"objectives.{name}"):
                 built[name] = one.build(spec)
+                built[name].name = name
         self.objectives = nn.ModuleDict(built)
         self.weights = {name: one.weight for name, one in objectives.items()}
         self.objective_configs = dict(objectives)
@@ -193,8 +199,8 @@ class Model(nn.Module):
             decoder_width=self.decoder.width if self.decoder else None,
             embed_width=config.embed.width if trains_embed else None,
             word_embedding=word,
-            fusion=config.fusion.kind,
             decoder_words=self.decoder.word_embedding if self.decoder else None,
+            fusion=config.fusion.kind,
             fusion_attention=fusion.attention_kinds if fusion else (),
             text_eps=getattr(config.text, "eps", 1e-12),
         )
@@ -262,6 +268,8 @@ class Model(nn.Module):
         for part in (self.vision, self.text, self.fusion, self.decoder):
             if part is not None:
                 part.load_pretrained()
+        if self.teacher is not None:
+            self.teacher.copy_from(self)
 
     def needs(self, names: Iterable[str] | None = None) -> frozenset[Pass]:
         """Return the union of what the objectives (of these names) need."""

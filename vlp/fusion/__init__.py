@@ -6,6 +6,7 @@ from pydantic import Field
 
 from vlp.config import Config
 from vlp.fusion.dual import DualStream, DualStreamConfig
+from vlp.fusion.multiway import Multiway, MultiwayConfig
 from vlp.fusion.single import SingleStream, SingleStreamConfig
 
 
@@ -15,5 +16,7 @@ class NoFusionConfig(Config):
     kind: Literal["none"] = "none"
 
 
-FusionConfig: TypeAlias = Annotated[NoFusionConfig | SingleStreamConfig | DualStreamConfig, Field(discriminator="kind")]
-Fusion: TypeAlias = SingleStream | DualStream
+FusionConfig: TypeAlias = Annotated[
+    NoFusionConfig | SingleStreamConfig | DualStreamConfig | MultiwayConfig, Field(discriminator="kind")
+]
+Fusion: TypeAlias = SingleStream | DualStream | Multiway

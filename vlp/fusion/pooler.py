@@ -12,31 +12,32 @@ from torch import Tensor, nn
 
 from encoders.layers import initialise
 
-PoolerKind = Literal["cls", "tanh", "concat", "product", "sum"]
+PoolerKind = Literal["cls", "cls_both", "tanh", "concat", "product", "sum"]
 
 
 class Pooler(nn.Module):
     """The first states of the two sides -> [M, width].
 
-    ``cls``: text [CLS] as it is (ALBEF). ``tanh``: a dense layer with tanh on it (BERT, ViLT). ``concat``: both sides'
-    tanh vectors, text first (METER). ``product``, ``sum``: of the two sides' ReLU vectors (ViLBERT). A row without text
-    takes its image's first state instead in ``cls`` and ``tanh``.
+    ``cls``: text [CLS] as it is (ALBEF). ``cls_both``: both sides' as they are, image first (BEiT-3 on NLVR2).
+    ``tanh``: a dense layer with tanh on it (BERT, ViLT). ``concat``: both sides' tanh vectors, text first (METER).
+    ``product``, ``sum``: of the two sides' ReLU vectors (ViLBERT). A row without text takes its image's first state
+    instead in ``cls`` and ``tanh``.
     """
 
     def __init__(self, kind: PoolerKind, text_width: int, image_width: int) -> None:
         super().__init__()
         self.kind = kind
-        self.width = text_width + image_width if kind == "concat" else text_width
-        if kind != "cls":
+        self.width = text_width + image_width if kind in ("concat", "cls_both") else text_width
+        if kind not in ("cls", "cls_both"):
             self.text = nn.Linear(text_width, text_width)
-        if self.reads_image:
+        if kind in ("concat", "product", "sum"):
             self.image = nn.Linear(image_width, image_width if kind == "concat" else text_width)
         initialise(self)
 
     @property
     def reads_image(self) -> bool:
         """Whether `pooled` depends on the image side's own states."""
-        return self.kind in ("concat", "product", "sum")
+        return self.kind not in ("cls", "tanh")
 
     def forward(self, image: Tensor | None, text: Tensor | None) -> Tensor:
         """First states [M, D] of each side -> [M, width]."""
@@ -46,6 +47,8 @@ class Pooler(nn.Module):
             return first if self.kind == "cls" else torch.tanh(self.text(first))
         if image is None or text is None:
             raise ValueError(f"model.fusion.pooler {self.kind} needs both image and text; use cls or tanh")
+        if self.kind == "cls_both":
+            return torch.cat([image, text], 1)
         if self.kind == "concat":
             return torch.cat([torch.tanh(self.text(text)), torch.tanh(self.image(image))], 1)
         left, right = torch.relu(self.text(text)), torch.relu(self.image(image))
