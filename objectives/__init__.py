@@ -9,7 +9,9 @@ from objectives.itc import ItcConfig
 from objectives.itm import ItmConfig
 from objectives.lm import LmConfig
 from objectives.mlm import MlmConfig
+from objectives.rank import RankConfig
+from objectives.wra import WraConfig
 
 ObjectiveConfig: TypeAlias = Annotated[
-    ItcConfig | ItmConfig | MlmConfig | LmConfig | AnswerConfig, Field(discriminator="kind")
+    ItcConfig | ItmConfig | MlmConfig | LmConfig | AnswerConfig | RankConfig | WraConfig, Field(discriminator="kind")
 ]

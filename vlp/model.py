@@ -235,8 +235,14 @@ class Model(nn.Module):
             problems.append(
                 f"no objective of {sorted(self.objectives)} uses model.decoder; add lm, or set model.decoder none"
             )
+        pairing = [one for _, one in self._objectives() if type(one).rows is not Objective.rows]
+        given = {one.rows for objective in pairing for one in objective.needs if isinstance(one, Fuse)}
         for name, objective in self._objectives():
             for one in objective.needs:
+                if isinstance(one, Fuse) and one.rows not in {None, *given}:
+                    problems.append(
+                        f"objective {name} reads the pairs of objective {one.rows}, which is missing; add it"
+                    )
                 view = objective.views.get(one.text or "") if isinstance(one, Fuse) else None
                 if view is not None and self.fusion is not None and view.attention not in self.fusion.attention_kinds:
                     problems.append(
