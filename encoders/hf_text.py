@@ -108,5 +108,5 @@ class HfTextEncoder(nn.Module):
         )
         states = found.last_hidden_state
         return Tokens(
-            states, texts.keep, pool(states, texts.keep, self.config.pool), found.hidden_states if layers else None
+            states, texts.keep, pool(states, texts, self.config.pool), found.hidden_states if layers else None
         )

@@ -43,6 +43,9 @@ class PatchConfig(Config):
     """Epsilon of the layer norms; None = the model's own (1e-6; CLIP's 1e-5)."""
     class_token: bool = True
     """Keep the class token; without it `pooled` is the mean of the patches."""
+    pool: Literal["class", "mean", "map"] | None = None
+    """`pooled`: the class token, the mean of the patches, or what one learned query attends to (SigLIP); None = the
+    class token where there is one, else the mean."""
     position_resize: PositionResize = "bicubic_antialias"
     """How stored position embeddings become those of another `image_size` when weights are loaded."""
     position_size: int | None = None
@@ -189,7 +192,10 @@ class PatchEncoder(nn.Module):
         return torch.where(masked[:, :, None], self.mask_token, patches)
 
     def _pool(self, states: Tensor, keep: Tensor | None) -> Tensor:
-        if self.config.class_token:
+        how = self.config.pool or ("class" if self.config.class_token else "mean")
+        if how == "map":
+            return self.vit.attn_pool(states, attn_mask=None if keep is None else keep[:, None, None, :])
+        if how == "class":
             return states[:, 0]
         first = self.vit.num_prefix_tokens
         if keep is None:
@@ -213,6 +219,8 @@ def _create(config: PatchConfig, pretrained: bool) -> Any:
     arguments |= {"img_size": config.image_size, "drop_path_rate": config.drop_path, "num_classes": 0}
     if not config.class_token:
         arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    if config.pool == "map":
+        arguments["global_pool"] = "map"
     if config.eps is not None:
         arguments["norm_layer"] = partial(LayerNorm, eps=config.eps)
     if config.depth == 0:

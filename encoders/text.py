@@ -17,6 +17,10 @@ from encoders.sources import local_source
 from encoders.types import Texts, Tokens
 from vlp.config import Config
 
+Pool: TypeAlias = Literal["cls", "last", "end", "largest", "eos", "mean"]
+"""How a text becomes one vector: the state of its first token; of its last real one; of the last place, padding or not
+(SigLIP); of its largest id, which is <end_of_text> in OpenAI's CLIP; of the first id `eos`; or the mean."""
+
 
 class StackConfig(Config):
     """Sizes that every transformer stack of ours has."""
@@ -110,8 +114,10 @@ class TextConfig(StackConfig):
     """Layer norm after the embeddings (BERT); off for CLIP."""
     causal: bool = False
     """Every text is read left to right (CLIP)."""
-    pool: Literal["cls", "last", "mean"] = "cls"
-    """`pooled`: the first token's state, the last real token's (CLIP), or the mean."""
+    pool: Pool = "cls"
+    """`pooled`: the state of one token, or the mean of the real ones."""
+    eos: int | None = None
+    """Id whose first place `pool: eos` reads."""
     fused_first: int | None = None
     """Id that a text begins with where it is fused with an image (BLIP's [ENC]); none = its own first id."""
 
@@ -156,10 +162,16 @@ class TextEmbeddings(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Texts -> tokens."""
+    """Texts -> tokens.
+
+    Raises:
+        ValueError: `pool: eos` without the id.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
+        if config.pool == "eos" and config.eos is None:
+            raise ValueError("model.text.pool eos needs model.text.eos, the id of the token that ends texts")
         self.config, self.width, self.bare = config, config.width, config.layers == 0
         self.fused_first = config.fused_first
         self.embeddings = TextEmbeddings(config)
@@ -196,18 +208,27 @@ class TextEncoder(nn.Module):
             states = block(states, mask)
             every.append(states)
         states = self.final_norm(states)
-        return Tokens(states, texts.keep, pool(states, texts.keep, self.config.pool), tuple(every) if layers else None)
+        pooled = pool(states, texts, self.config.pool, self.config.eos)
+        return Tokens(states, texts.keep, pooled, tuple(every) if layers else None)
 
 
-def pool(states: Tensor, keep: Tensor, how: Literal["cls", "last", "mean"]) -> Tensor:
-    """[T, L, D] -> [T, D]."""
+def pool(states: Tensor, texts: Texts, how: Pool, eos: int | None = None) -> Tensor:
+    """States [T, L, D] of texts -> [T, D]; "eos" asks for the id ``eos``."""
     if how == "cls":
         return states[:, 0]
+    if how == "end":
+        return states[:, -1]
+    if how == "mean":
+        weight = texts.keep[:, :, None].to(states.dtype)
+        return (states * weight).sum(1) / weight.sum(1)
     if how == "last":
-        last = keep.sum(1) - 1
-        return states.gather(1, last[:, None, None].expand(-1, 1, states.shape[2]))[:, 0]
-    weight = keep[:, :, None].to(states.dtype)
-    return (states * weight).sum(1) / weight.sum(1)
+        at = texts.keep.sum(1) - 1
+    elif how == "largest":
+        at = texts.ids.argmax(1)
+    else:
+        assert eos is not None
+        at = (texts.ids == eos).int().argmax(1)
+    return states.gather(1, at[:, None, None].expand(-1, 1, states.shape[2]))[:, 0]
 
 
 _Rules: TypeAlias = tuple[tuple[str, str], ...]
