@@ -246,6 +246,12 @@ class Results(dict[Pass, Any]):
         self.scales, self.biases = scales or {}, biases or {}
         self.rows, self.teacher_heads = {}, {}
 
+    def teacher_head(self, objective: str) -> nn.Module:
+        """Return the momentum copy of an objective's head."""
+        head = self.teacher_heads[objective].head
+        assert isinstance(head, nn.Module)
+        return head
+
 
 class Objective(nn.Module):
     """tokens -> loss. A subclass sets ``needs`` (and ``views``) in its constructor.
@@ -256,7 +262,9 @@ class Objective(nn.Module):
     """
 
     teaches_head = False
-    """Whether the momentum teacher keeps a copy of its head, ``results.teacher_heads[name]``."""
+    """Whether the momentum teacher keeps a copy of it, ``results.teacher_heads[name]``."""
+    name = ""
+    """Its name in the model, which sets it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,27 +1,33 @@
 """Image-text contrastive learning (ITC).
 
 InfoNCE in both directions over all ranks' pairs (Radford et al. 2021, fig. 3), with several positives per row where
-images or captions repeat (Li et al. 2021, ALBEF, eq. 2, the target spread evenly over the true pairs).
-Shapes: B images, T texts of this rank, N images, S texts of all ranks, E embedding.
+images or captions repeat (Li et al. 2021, ALBEF, eq. 2, the target spread evenly over the true pairs). With a momentum
+teacher (ALBEF, section 3.3) the candidates are its embeds, those of earlier pairs included (the queue), and a share of
+the target is what it believes itself.
+Shapes: B images, T texts of this rank, N images, S texts of all ranks and the queue, Q pairs in it, E embedding.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from encoders.types import Batch
 from objectives.base import MAIN, Draw, Embed, LossOutput, ModelSpec, Objective, Results, Side
-from objectives.collectives import gather_grad_to_all
-from objectives.pairs import Positives, true_pairs
-from vlp.config import Config
+from objectives.collectives import gather_grad_to_all, gather_no_grad
+from objectives.distill import DistillConfig
+from objectives.pairs import Pairing, Positives, find_pairs, true_pairs, true_queued
+from objectives.queue import PairQueue
 
 
-class ItcConfig(Config):
+class ItcConfig(DistillConfig):
     """Softmax contrastive loss over all ranks' pairs."""
 
     kind: Literal["itc"] = "itc"
@@ -35,29 +41,48 @@ class ItcConfig(Config):
     """Smallest logit scale."""
     max_scale: float = 100.0
     """Largest logit scale, the inverse of the smallest temperature."""
+    queue: int = Field(0, ge=0)
+    """Earlier pairs, over all ranks, whose embeds by the teacher are candidates too (ALBEF 65,536, BLIP 57,600)."""
 
     trains_embed: ClassVar[bool] = True
     reads: ClassVar[frozenset[Side]] = frozenset()
 
     def build(self, spec: ModelSpec) -> Itc:
         """Build the objective."""
-        return Itc(self)
+        assert spec.embed_width is not None
+        return Itc(self, spec.embed_width)
 
 
 class Itc(Objective):
     """Contrastive loss of the two embeddings."""
 
-    def __init__(self, config: ItcConfig) -> None:
+    def __init__(self, config: ItcConfig, width: int) -> None:
         super().__init__()
         self.config = config
         self.image, self.text = (Embed(modality, branch=config.branch) for modality in ("image", "text"))
         self.needs = frozenset({self.image, self.text})
+        self.queue = PairQueue(config.queue, width, config.positives) if config.queue else None
+        self.taught = config.queue > 0 or config.distill > 0
+        if self.taught:
+            self.image_taught, self.text_taught = replace(self.image, teacher=True), replace(self.text, teacher=True)
+            self.needs |= {self.image_taught, self.text_taught}
+        self._new: dict[int, tuple[Tensor, Tensor, Pairing]] = {}
 
     def count(self, batch: Batch) -> float:
         return float(batch.num_images)
 
     def chance(self, candidates: int) -> float:
-        return math.log(candidates)
+        return math.log(candidates + self.config.queue)
+
+    def before_step(self) -> None:
+        self._new.clear()
+
+    def after_step(self) -> None:
+        """Put the step's pairs of all ranks into the queue."""
+        for _, (image, text, pairs) in sorted(self._new.items()):
+            assert self.queue is not None
+            self.queue.append(image, text, pairs)
+        self._new.clear()
 
     def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
         """Mean over this rank's images and texts of the cross-entropy against all ranks' candidates.
@@ -69,16 +94,39 @@ class Itc(Objective):
         with torch.no_grad():  # as the references do: the parameter itself never leaves its bounds
             scale.clamp_(math.log(self.config.min_scale), math.log(self.config.max_scale))
         sizes = batch.counts
-        all_image = gather_grad_to_all(image, None if sizes is None else [s[0] for s in sizes])
-        all_text = gather_grad_to_all(text, None if sizes is None else [s[1] for s in sizes])
-        by_image, by_text = true_pairs(batch, self.config.positives, image.device, everywhere=True)
-        image_logits = similarities(image, all_text, scale)  # [B, S]
-        text_logits = similarities(text, all_image, scale)  # [T, N]
+        gather = gather_no_grad if self.taught else gather_grad_to_all
+        seen_image, seen_text = (
+            (results[self.image_taught], results[self.text_taught]) if self.taught else (image, text)
+        )
+        all_image = gather(seen_image, None if sizes is None else [s[0] for s in sizes])
+        all_text = gather(seen_text, None if sizes is None else [s[1] for s in sizes])
+        pairs = find_pairs(batch, self.config.positives, image.device, everywhere=True)
         # A rank's share of the texts differs from its share of the images where texts are more; `count` is images.
         share = (text.shape[0] / all_text.shape[0]) / (image.shape[0] / all_image.shape[0])
-        loss = (contrastive(image_logits, by_image) + share * contrastive(text_logits, by_text)) / 2
+        by_image, by_text = true_pairs(pairs)
+        if self.queue is not None:
+            # A micro-batch that runs again (evaluation within the step, a recomputation) replaces its own.
+            self._new[draw.group] = all_image, all_text, pairs
+            all_image, all_text = torch.cat([all_image, self.queue.image]), torch.cat([all_text, self.queue.text])
+            by_image, by_text = self._with_queued(by_image, by_text, pairs, self.queue)
+        image_logits = similarities(image, all_text, scale)  # [B, S]
+        text_logits = similarities(text, all_image, scale)  # [T, N]
+        image_target, text_target = evenly(by_image), evenly(by_text)
+        if mix := self.config.share(batch.seen):
+            with torch.no_grad():
+                image_target = image_target.lerp(similarities(seen_image, all_text, scale).softmax(1), mix)
+                text_target = text_target.lerp(similarities(seen_text, all_image, scale).softmax(1), mix)
+        loss = (contrastive(image_logits, image_target) + share * contrastive(text_logits, text_target)) / 2
         metrics = {"accuracy": top1(image_logits, by_image), "scale": scale.detach().exp()[0]}
         return LossOutput(loss, metrics)
+
+    @staticmethod
+    def _with_queued(by_image: Tensor, by_text: Tensor, pairs: Pairing, queue: PairQueue) -> tuple[Tensor, Tensor]:
+        """True pairs with the queue's columns behind the step's."""
+        if queue.image_id is None:
+            return F.pad(by_image, (0, queue.size)), F.pad(by_text, (0, queue.size))
+        more_image, more_text = true_queued(pairs, queue.image_id, queue.caption_id)
+        return torch.cat([by_image, more_image], 1), torch.cat([by_text, more_text], 1)
 
 
 def similarities(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
@@ -91,11 +139,15 @@ def similarities(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
         return scale.exp() * left @ right.T
 
 
-def contrastive(logits: Tensor, true: Tensor) -> Tensor:
-    """Return the mean cross-entropy of ``logits`` [R, C] against targets spread evenly over ``true`` [R, C]."""
-    target = true.to(logits.dtype)
-    target = target / target.sum(1, keepdim=True).clamp(min=1)  # a row without a true pair has no loss
-    return -(target * logits.float().log_softmax(1)).sum(1).mean()
+def evenly(true: Tensor) -> Tensor:
+    """Return each row's target [R, C], spread evenly over ``true`` [R, C]; a row without a true pair has none."""
+    target = true.float()
+    return target / target.sum(1, keepdim=True).clamp(min=1)
+
+
+def contrastive(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean cross-entropy of ``logits`` [R, C] against ``target`` [R, C]."""
+    return -(target.to(logits.dtype) * logits.float().log_softmax(1)).sum(1).mean()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from encoders.layers import initialise
 from encoders.types import Batch
 from objectives.base import MAIN, Draw, Embed, Fuse, LossOutput, ModelSpec, Objective, Results, Rows, Side
 from objectives.itc import similarities
-from objectives.pairs import Positives, image_of_text, true_pairs
+from objectives.pairs import Positives, find_pairs, image_of_text, true_pairs
 from vlp.config import Config
 
 
@@ -96,7 +96,7 @@ class Itm(Objective):
             raise ValueError(f"objective itm matches a text with one image, but here a text has {number}; remove itm")
         device = next(iter(batch.texts.values())).ids.device
         own = image_of_text(batch, device)  # [T]
-        by_image, by_text = true_pairs(batch, self.config.exclude, device, everywhere=False)
+        by_image, by_text = true_pairs(find_pairs(batch, self.config.exclude, device, everywhere=False))
         text_weights, image_weights = self._weights(results, batch, by_image, by_text)
         text = torch.arange(own.shape[0], device=device)
         false_image = draw.categorical("itm.image", image_weights)  # of each text

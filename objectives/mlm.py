@@ -1,26 +1,28 @@
 """Masked language modelling (MLM), with the image where there is a fusion (Devlin et al. 2019, section 3.1).
 
+A share of the target may be what the momentum teacher believes (Li et al. 2021, ALBEF, eq. 7).
 Shapes: T texts, L length, K labelled positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encoders.types import AttentionKind, Batch, Vocabulary
-from objectives.base import Draw, Encode, Fuse, LossOutput, ModelSpec, Objective, Results, Side, ViewText
+from encoders.types import AttentionKind, Batch, Tokens, Vocabulary
+from objectives.base import Draw, Encode, Fuse, Fused, LossOutput, ModelSpec, Objective, Results, Side, ViewText
+from objectives.distill import DistillConfig, Taught, soft_cross_entropy
 from objectives.heads import VocabularyHead, labelled
-from vlp.config import Config
 
 
-class MlmConfig(Config):
+class MlmConfig(DistillConfig):
     """Predict masked words."""
 
     kind: Literal["mlm"] = "mlm"
@@ -82,7 +84,10 @@ class Mlm(Objective):
         self.head = VocabularyHead(
             spec.text_width, spec.vocabulary_size, spec.word_embedding if config.tied else None, eps=spec.text_eps
         )
-        self.needs = frozenset({Fuse(text="masked") if self.fused else Encode("text", "masked")})
+        self.states: Fuse | Encode = Fuse(text="masked") if self.fused else Encode("text", "masked")
+        self.taught = replace(self.states, teacher=True) if config.distill else None
+        self.teaches_head = self.taught is not None
+        self.needs = frozenset({one for one in (self.states, self.taught) if one is not None})
         self.views = {"masked": MaskedView(config.mask_probability, config.whole_word)}
 
     def count(self, batch: Batch) -> Tensor:
@@ -93,10 +98,18 @@ class Mlm(Objective):
 
     def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
         """Cross-entropy over the vocabulary, mean over the masked positions."""
-        states = results[Fuse(text="masked")].text.states if self.fused else results[Encode("text", "masked")].states
         text = batch.texts["masked"]
         assert text.labels is not None
-        return word_loss(self.head, states, text.labels, text.label_at)
+        taught = None
+        if self.taught is not None and (share := self.config.share(batch.seen)):
+            taught = Taught(results.teacher_head(self.name), self._read(results[self.taught]), share)
+        return word_loss(self.head, self._read(results[self.states]), text.labels, text.label_at, taught=taught)
+
+    @staticmethod
+    def _read(found: Fused | Tokens) -> Tensor:
+        tokens = found.text if isinstance(found, Fused) else found
+        assert tokens is not None
+        return tokens.states
 
 
 def count_labels(batch: Batch, view: str) -> Tensor:
@@ -107,12 +120,22 @@ def count_labels(batch: Batch, view: str) -> Tensor:
 
 
 def word_loss(
-    head: VocabularyHead, states: Tensor, labels: Tensor, label_at: Tensor | None, smoothing: float = 0.0
+    head: nn.Module,
+    states: Tensor,
+    labels: Tensor,
+    label_at: Tensor | None,
+    smoothing: float = 0.0,
+    taught: Taught | None = None,
 ) -> LossOutput:
     """Cross-entropy of words at labelled positions, mean over the labels (0 if there is none)."""
-    states, targets = labelled(states, labels, label_at)
-    logits = head(states).float()
+    own, targets = labelled(states, labels, label_at)
+    logits = head(own).float()
     total = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum", label_smoothing=smoothing)
     count = (targets != -100).sum().clamp(min=1)
     right = (logits.detach().argmax(1) == targets).sum()
+    if taught is not None:
+        with torch.no_grad():
+            believed = taught.head(labelled(taught.states, labels, label_at)[0])
+        soft = (soft_cross_entropy(logits, believed) * (targets != -100)).sum()
+        total = total + taught.share * (soft - total)
     return LossOutput(total / count, {"accuracy": right / count})

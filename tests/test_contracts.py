@@ -68,10 +68,12 @@ DECODERS = {
 }
 OBJECTIVES: dict[str, dict[str, ObjectiveConfig]] = {
     "itc": {"itc": ItcConfig()},
+    "itc, queue": {"itc": ItcConfig(queue=6, distill=0.4), "itm": ItmConfig()},
     "itm, random": {"itm": ItmConfig()},
     "itm, hard": {"itc": ItcConfig(), "itm": ItmConfig()},
     "itm, replace_image": {"itm": ItmConfig(scheme="replace_image")},
     "mlm": {"mlm": MlmConfig()},
+    "mlm, distilled": {"mlm": MlmConfig(distill=0.4)},
     "mlm, untied": {"mlm": MlmConfig(tied=False)},
     "lm": {"lm": LmConfig(label_smoothing=0.1), "itm": ItmConfig()},
     "lm, fused": {"lm": LmConfig(memory="fused")},
@@ -103,7 +105,8 @@ def check_gradients(module: nn.Module, outputs: list[Tensor]) -> None:
 
 
 def check_complete(module: nn.Module) -> None:
-    missing = [n for n, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    learned = [(n, p) for n, p in module.named_parameters() if not n.startswith("teacher.")]
+    missing = [n for n, p in learned if p.grad is None or not p.grad.abs().sum() > 0]
     assert not missing, f"no gradient for {missing}"
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
 
@@ -369,12 +372,14 @@ def losses(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 def lengthened(model: Model) -> Model:
     """The model with room for twice the text: more rows of position embeddings."""
-    assert model.text is not None
-    old = model.text.embeddings.position
-    new = nn.Embedding(2 * old.num_embeddings, old.embedding_dim)
-    with torch.no_grad():
-        new.weight[: old.num_embeddings] = old.weight
-    model.text.embeddings.position, model.text.embeddings.max_length = new, new.num_embeddings
+    for part in (model, model.teacher):
+        if part is not None:
+            assert part.text is not None
+            old = part.text.embeddings.position
+            new = nn.Embedding(2 * old.num_embeddings, old.embedding_dim)
+            with torch.no_grad():
+                new.weight[: old.num_embeddings] = old.weight
+            part.text.embeddings.position, part.text.embeddings.max_length = new, new.num_embeddings
     return model
 
 

@@ -96,7 +96,7 @@ class Step:
         if not wanted:
             return
         if self.model.teacher is None:
-            raise ValueError("this model has no momentum teacher; set train.teacher or an objective's distillation")
+            raise ValueError("this model has no momentum teacher; set objectives.itc.queue or an objective's distill")
         if self._teacher is None:
             self._teacher = Step(self.model.teacher, self.batch, self.layers)
             self.results.teacher_heads = self.model.teacher.heads

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from encoders.types import Modality
 from objectives.base import MAIN, Decode, Embed, Encode, Fuse, Pass, Results
@@ -66,14 +67,28 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def update(self, model: Model, momentum: float) -> None:
         """Move every weight towards the student's: m * teacher + (1 - m) * student."""
+        mine, student = self._beside(model)
+        get_ema_multi_avg_fn(momentum)(mine, student, 0)
+
+    @torch.no_grad()
+    def copy_from(self, model: Model, names: Iterable[str] | None = None) -> None:
+        """Take the student's weights; only those of the teacher's parameters ``names``, if they are given."""
+        wanted = None if names is None else set(names)
+        mine, student = self._beside(model, wanted)
+        for weight, source in zip(mine, student, strict=True):
+            weight.copy_(source)
+
+    def _beside(self, model: Model, wanted: set[str] | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """The teacher's weights (of these names) and the student's that they follow."""
         theirs = dict(model.named_parameters(remove_duplicate=False))
         mine: list[Tensor] = []
         student: list[Tensor] = []
         for name, weight in self.named_parameters():
-            source = f"objectives.{name.removeprefix('heads.')}" if name.startswith("heads.") else name
-            mine.append(weight)
-            student.append(theirs[source].detach())
-        torch._foreach_lerp_(mine, student, 1.0 - momentum)
+            if wanted is None or name in wanted:
+                source = f"objectives.{name.removeprefix('heads.')}" if name.startswith("heads.") else name
+                mine.append(weight)
+                student.append(theirs[source].detach())
+        return mine, student
 
 
 def _parts_of(model: Model, passes: Iterable[Pass]) -> set[str]:

@@ -206,9 +206,13 @@ def load_weights(
             for other in stored[1:]
             if not torch.equal(given[other], tensor)
         ]
-        if tensor.shape != wanted.shape and (fitted := _resize(first, tensor, wanted, method)) is not None:
-            tensor = fitted
-            resized.append(first)
+        if tensor.shape != wanted.shape:
+            # A part that knows what its table means resizes it itself (relative positions).
+            own = getattr(model.get_submodule(first.rpartition(".")[0]), "resized", None)
+            fitted = _resize(first, tensor, wanted, method) if own is None else own(tensor)
+            if fitted is not None:
+                tensor = fitted
+                resized.append(first)
         if tensor.shape != wanted.shape:
             problems.append(f"{first} is {tuple(tensor.shape)}, the model's is {tuple(wanted.shape)}")
         filled[first] = tensor

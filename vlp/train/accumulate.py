@@ -79,13 +79,14 @@ def contrast_step(
         totals: each objective's count over all ranks and micro-batches.
         precision: the autocast context of a forward.
     """
-    passes = sorted((one for one in model.needs(names) if isinstance(one, Embed) and not one.teacher), key=repr)
-    parts: dict[Embed, list[Tensor]] = {one: [] for one in passes}
+    every = sorted((one for one in model.needs(names) if isinstance(one, Embed)), key=repr)
+    passes = [one for one in every if not one.teacher]
+    parts: dict[Embed, list[Tensor]] = {one: [] for one in every}
     for batch, draw in zip(batches, draws, strict=True):
         seed_dropout(draw)
         with torch.no_grad(), precision():
-            results = model.run(passes, batch)
-        for one in passes:
+            results = model.run(every, batch)  # the teacher's last, so that dropout draws the same in the second run
+        for one in every:
             parts[one].append(results[one])
     # Leaves of a graph of their own: the loss below reaches the embeds and the temperature, not the model.
     embeds = [torch.cat(parts[one]).requires_grad_() for one in passes]
@@ -96,6 +97,7 @@ def contrast_step(
     )
     joined, seen = join_pairs(batches), Results(scales, biases)
     seen.update(zip(passes, embeds, strict=True))
+    seen.update({one: torch.cat(parts[one]) for one in every if one.teacher})
     outputs, counts, terms = {}, {}, []
     with precision():
         for name in names:
@@ -107,8 +109,8 @@ def contrast_step(
             terms.append(weighted * world_size() / totals[name].clamp(min=1))
     branches = sorted({one.branch for one in passes})
     learned = [found[branch] for branch in branches for found in (scales, biases) if branch in found]
-    every = torch.autograd.grad(torch.stack(terms).sum(), [*embeds, *learned])
-    received, rest = every[: len(embeds)], list(every[len(embeds) :])
+    found = torch.autograd.grad(torch.stack(terms).sum(), [*embeds, *learned])
+    received, rest = found[: len(embeds)], list(found[len(embeds) :])
     spaces = {branch: torch.cat([rest.pop(0) for found in (scales, biases) if branch in found]) for branch in branches}
     cut = [g.split([part.shape[0] for part in parts[one]]) for one, g in zip(passes, received, strict=True)]
     gradients = [

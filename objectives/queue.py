@@ -1,0 +1,66 @@
+"""The momentum queue: embeds of earlier pairs as further candidates of a contrastive loss (He et al. 2020, MoCo).
+
+Shapes: Q pairs in the queue, S new pairs, E embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from objectives.pairs import Pairing, Positives
+
+
+class PairQueue(nn.Module):
+    """The teacher's embeds of the last Q pairs, a ring; random vectors at first, as in the references.
+
+    Args:
+        size: Q.
+        width: E.
+        positives: the rule by which true pairs are known; it says which ids are kept.
+    """
+
+    image: Tensor
+    """[Q, E]"""
+    text: Tensor
+    """[Q, E]"""
+    pointer: Tensor
+    """[1] int64, where the next pair goes."""
+    image_id: Tensor | None
+    """[Q] int64, negative = none; None where the rule asks for no ids."""
+    caption_id: Tensor | None
+    """[Q] int64, negative = none; None where the rule asks for no captions."""
+
+    def __init__(self, size: int, width: int, positives: Positives) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("image", F.normalize(torch.randn(size, width), dim=1))
+        self.register_buffer("text", F.normalize(torch.randn(size, width), dim=1))
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
+        none = torch.full((size,), -1)
+        self.register_buffer("image_id", None if positives == "diagonal" else none)
+        self.register_buffer("caption_id", none.clone() if positives == "id_or_caption" else None)
+
+    @torch.no_grad()
+    def append(self, image: Tensor, text: Tensor, pairs: Pairing) -> None:
+        """Take in the newest pairs over all ranks; of more than Q the last ones.
+
+        Args:
+            image: [N, E] embeds of all images of the step.
+            text: [S, E] embeds of all texts; a pair is a text with its image.
+            pairs: which image that is, and the ids.
+        """
+        new = {"image": image.index_select(0, pairs.all_text), "text": text}
+        if self.image_id is not None and pairs.all_text_id is not None:
+            new["image_id"] = pairs.all_text_id
+        if self.caption_id is not None and pairs.all_caption_id is not None:
+            new["caption_id"] = pairs.all_caption_id
+        count = min(len(text), self.size)
+        at = (self.pointer + torch.arange(len(text) - count, len(text), device=text.device)) % self.size
+        for name, queued in self.named_buffers():
+            if name in new:
+                queued.index_copy_(0, at, new[name][-count:].to(queued.dtype))
+            elif name != "pointer":
+                queued.index_fill_(0, at, -1)
+        self.pointer.add_(len(text)).remainder_(self.size)
