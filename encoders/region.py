@@ -25,7 +25,7 @@ class RegionConfig(Config):
     features: int = 2048
     """F, width of the detector's features."""
     boxes: Literal[0, 4, 5, 6, 7] = 7
-    """G, values of a box: 4 corners (LXMERT); and area (ViLBERT); or width and height (Oscar); or all of these (UNITER).
+    """G, values of a box: 4 corners (LXMERT), and area (ViLBERT), or width and height (Oscar), or all three (UNITER).
     0 = boxes are not read (VisualBERT)."""
     width: int = 768
     """D, token width."""
@@ -41,7 +41,7 @@ class RegionConfig(Config):
     segment: int = 1
     """Row for regions that do not name one."""
     positions: bool = False
-    """Add a learned vector, and the text's position embeddings of the words that a region is aligned with (VisualBERT)."""
+    """Add a learned vector, and the text's position embeddings of words that a region is aligned with (VisualBERT)."""
     mask_embedding: bool = False
     """Add a learned vector to the features that are hidden (UNITER); they are 0 without it."""
     eps: float = 1e-12
@@ -55,8 +55,8 @@ class RegionConfig(Config):
     def image_size(self) -> int:
         """There are no pixels, of which it would be the side."""
         raise ValueError(
-            "model.vision.kind region reads what a detector found, not pixels; give model.run a batch of Regions, or use "
-            "a vision encoder of pixels"
+            "model.vision.kind region reads what a detector found, not pixels; give model.run a batch of Regions, or "
+            "use a vision encoder of pixels"
         )
 
     def build(self) -> RegionEncoder:

@@ -227,6 +227,10 @@ class ModelSpec:
     fusion_attention: tuple[AttentionKind, ...] = ()
     """Attention kinds of texts that the fusion can honour without leaking."""
     text_eps: float = 1e-12
+    image_width: int | None = None
+    """Width of the image states after fusion; None where the fusion gives none."""
+    feature_projection: nn.Parameter | None = None
+    """[D, F] that regions' features go through in the vision encoder, for tied heads."""
 
 
 class Results(dict[Pass, Any]):

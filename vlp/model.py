@@ -203,6 +203,8 @@ class Model(nn.Module):
             fusion=config.fusion.kind,
             fusion_attention=fusion.attention_kinds if fusion else (),
             text_eps=getattr(config.text, "eps", 1e-12),
+            image_width=getattr(fusion, "image_width", None),
+            feature_projection=getattr(self.vision, "feature_projection", None),
         )
 
     def _check(self, config: ModelConfig) -> None:

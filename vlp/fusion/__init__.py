@@ -8,6 +8,7 @@ from vlp.config import Config
 from vlp.fusion.dual import DualStream, DualStreamConfig
 from vlp.fusion.multiway import Multiway, MultiwayConfig
 from vlp.fusion.single import SingleStream, SingleStreamConfig
+from vlp.fusion.sublayers import Sublayers, SublayersConfig
 
 
 class NoFusionConfig(Config):
@@ -17,6 +18,7 @@ class NoFusionConfig(Config):
 
 
 FusionConfig: TypeAlias = Annotated[
-    NoFusionConfig | SingleStreamConfig | DualStreamConfig | MultiwayConfig, Field(discriminator="kind")
+    NoFusionConfig | SingleStreamConfig | DualStreamConfig | MultiwayConfig | SublayersConfig,
+    Field(discriminator="kind"),
 ]
-Fusion: TypeAlias = SingleStream | DualStream | Multiway
+Fusion: TypeAlias = SingleStream | DualStream | Multiway | Sublayers

@@ -54,6 +54,7 @@ class DualStream(nn.Module):
         super().__init__()
         self.config, self.co, stack = config, config.attention == "co", config.stack
         self.text_width = width = stack.width
+        self.image_width = width if self.co else None
         linear = config.project or text_width != width
         self.text_project = nn.Linear(text_width, width) if linear else nn.Identity()
         # Without `project`, cross-attention maps the image's own width to keys and values by itself.

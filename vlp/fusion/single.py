@@ -44,7 +44,7 @@ class SingleStream(nn.Module):
     def __init__(self, config: SingleStreamConfig, image_width: int, text_width: int, reads: frozenset[Side]) -> None:
         super().__init__()
         self.config, stack = config, config.stack
-        self.text_width = width = stack.width
+        self.text_width = self.image_width = width = stack.width
         self.image_project = nn.Linear(image_width, width) if image_width != width else nn.Identity()
         self.text_project = nn.Linear(text_width, width) if text_width != width else nn.Identity()
         self.modality = nn.Embedding(2, width) if config.modality_embedding else None
