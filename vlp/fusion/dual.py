@@ -7,6 +7,7 @@ Shapes: B images, M rows, N image tokens, L text length, D width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from encoders.layers import attention_mask, initialise
 from encoders.text import BesideConfig, load_bert
 from encoders.types import AttentionKind, Tokens
 from objectives.base import Fused, Side
+from vlp.fusion.each import ImagesPerText, fuse_each, image_modality, modality_table, pooled_width
 from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images, gather_keep
 
 
@@ -33,8 +35,9 @@ class DualStreamConfig(BesideConfig):
     """Map both streams linearly to `width` first (METER), also where the widths agree already."""
     pooler: PoolerKind = "cls"
     """How `pooled` is made."""
-    images: Literal["one", "pair"] = "one"
-    """Images per text: one, or two laid behind each other (NLVR2)."""
+    images: ImagesPerText = "one"
+    """Images per text: one; two laid behind each other (`pair`); or two that the text is fused with one after the other
+    (`each`: NLVR2 in METER)."""
     init_layer: int = 0
     """First layer of `init` to take (ALBEF: 6 of BERT's 12)."""
 
@@ -61,13 +64,13 @@ class DualStream(nn.Module):
         linear = config.project or (self.co and image_width != width)
         self.image_project = nn.Linear(image_width, width) if linear else nn.Identity()
         memory_width = width if linear else image_width
-        self.modality = nn.Embedding(2, width) if config.modality_embedding else None
+        self.modality = modality_table(width, config.images) if config.modality_embedding else None
         self.order = nn.Parameter(torch.zeros(2, memory_width)) if config.images == "pair" else None
         self.blocks = nn.ModuleList(stack.block(memory_width) for _ in range(stack.layers))
         pre = stack.norm == "pre"
         self.final_norm = nn.LayerNorm(width, stack.eps) if pre else nn.Identity()
         self.pooler = Pooler(config.pooler, width, width) if "pooled" in reads else None
-        self.pooled_width = self.pooler.width if self.pooler else None
+        self.pooled_width = pooled_width(self.pooler, config.images)
         reads_image = self.pooler is not None and self.pooler.reads_image
         if reads_image and not self.co:
             raise ValueError(
@@ -118,16 +121,33 @@ class DualStream(nn.Module):
             raise ValueError(
                 f"model.fusion.attention co cannot read a {attention} text without leaking its future; use cross"
             )
+        if self.config.images == "each" and image is not None:
+            return fuse_each(partial(self._fuse, image, layers=layers), text, image_index, attention, prefix)
+        return self._fuse(image, text, image_index, attention, prefix, layers=layers)
+
+    def _fuse(
+        self,
+        image: Tokens | None,
+        text: Tokens,
+        image_index: Tensor | None,
+        attention: AttentionKind,
+        prefix: Tensor | None,
+        number: Tensor | None = None,
+        layers: bool = False,
+    ) -> Fused:
+        """As ``forward``, without ``images: each``, whose every row is here the text's image ``number`` [M]."""
         states = self.text_project(text.states)
         if self.modality is not None:
             states = states + self.modality.weight[1]
         mask = attention_mask(text.keep, attention, prefix, states.shape[1], states.device)
         if image is None:
             return self._cross(None, None, None, states, text, mask, layers)
-        memory = self.image_project(image.states)
+        memory, keep = self.image_project(image.states), image.keep
         if self.modality is not None:
-            memory = memory + self.modality.weight[0]
-        return (self._co if self.co else self._cross)(memory, image.keep, image_index, states, text, mask, layers)
+            if number is not None:  # an image may be one row's first and another's second
+                (memory, keep), image_index = gather_images(memory, keep, image_index), None
+            memory = memory + image_modality(self.modality, number)
+        return (self._co if self.co else self._cross)(memory, keep, image_index, states, text, mask, layers)
 
     def _cross(
         self,

@@ -5,6 +5,7 @@ Shapes: B images, M rows, N image tokens, L text length, D width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from encoders.patch import load_vit
 from encoders.text import BesideConfig, load_bert
 from encoders.types import AttentionKind, Tokens
 from objectives.base import Fused, Side
+from vlp.fusion.each import ImagesPerText, fuse_each, image_modality, modality_table, pooled_width
 from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images
 
 
@@ -26,8 +28,9 @@ class SingleStreamConfig(BesideConfig):
     """Add a learned vector that tells image from text tokens."""
     pooler: PoolerKind = "tanh"
     """How `pooled` is made."""
-    images: Literal["one", "pair"] = "one"
-    """Images per text: one, or two laid behind each other (NLVR2)."""
+    images: ImagesPerText = "one"
+    """Images per text: one; two laid behind each other (`pair`); or two that the text is fused with one after the other
+    (`each`: NLVR2 in ViLT)."""
     init_layer: int = 0
     """First layer of `init` to take. `init: timm:NAME` takes a ViT's blocks."""
 
@@ -47,13 +50,13 @@ class SingleStream(nn.Module):
         self.text_width = self.image_width = width = stack.width
         self.image_project = nn.Linear(image_width, width) if image_width != width else nn.Identity()
         self.text_project = nn.Linear(text_width, width) if text_width != width else nn.Identity()
-        self.modality = nn.Embedding(2, width) if config.modality_embedding else None
+        self.modality = modality_table(width, config.images) if config.modality_embedding else None
         self.order = nn.Parameter(torch.zeros(2, width)) if config.images == "pair" else None
         self.blocks = nn.ModuleList(stack.block() for _ in range(stack.layers))
         self.final_norm = nn.LayerNorm(width, stack.eps) if stack.norm == "pre" else nn.Identity()
         initialise(self)
         self.pooler = Pooler(config.pooler, width, width) if "pooled" in reads else None
-        self.pooled_width = self.pooler.width if self.pooler else None
+        self.pooled_width = pooled_width(self.pooler, config.images)
 
     def load_pretrained(self) -> None:
         """Fill the blocks from ``config.init``, where the recipe names one."""
@@ -78,9 +81,24 @@ class SingleStream(nn.Module):
         Under "causal" and "prefix" attention all tokens see the image and the text's prefix, and text tokens the words
         before them (PrefixLM, Wang et al. 2022, SimVLM, section 3.1).
         """
+        if self.config.images == "each" and image is not None and text is not None:
+            return fuse_each(partial(self._fuse, image, layers=layers), text, image_index, attention, prefix)
+        return self._fuse(image, text, image_index, attention, prefix, layers=layers)
+
+    def _fuse(
+        self,
+        image: Tokens | None,
+        text: Tokens | None,
+        image_index: Tensor | None,
+        attention: AttentionKind,
+        prefix: Tensor | None,
+        number: Tensor | None = None,
+        layers: bool = False,
+    ) -> Fused:
+        """As ``forward``, without ``images: each``, whose every row is here the text's image ``number`` [M]."""
         parts: list[Tensor] = []
         keeps: list[Tensor] = []
-        for number, (tokens, project) in enumerate(((image, self.image_project), (text, self.text_project))):
+        for tokens, project in ((image, self.image_project), (text, self.text_project)):
             if tokens is None:
                 continue
             states, keep = gather_images(tokens.states, tokens.keep, image_index if tokens is image else None)
@@ -88,7 +106,8 @@ class SingleStream(nn.Module):
             if tokens is image:
                 states = add_order(states, image_index, self.order)
             if self.modality is not None:
-                states = states + self.modality.weight[number]
+                of_image = tokens is image
+                states = states + (image_modality(self.modality, number) if of_image else self.modality.weight[1])
             parts.append(states)
             keeps.append(states.new_ones(states.shape[:2], dtype=torch.bool) if keep is None else keep)
         num_image = parts[0].shape[1] if image is not None else 0
