@@ -10,8 +10,10 @@ from objectives.itm import ItmConfig
 from objectives.lm import LmConfig
 from objectives.mlm import MlmConfig
 from objectives.rank import RankConfig
+from objectives.sigmoid import SigmoidConfig
 from objectives.wra import WraConfig
 
 ObjectiveConfig: TypeAlias = Annotated[
-    ItcConfig | ItmConfig | MlmConfig | LmConfig | AnswerConfig | RankConfig | WraConfig, Field(discriminator="kind")
+    ItcConfig | SigmoidConfig | ItmConfig | MlmConfig | LmConfig | AnswerConfig | RankConfig | WraConfig,
+    Field(discriminator="kind"),
 ]

@@ -41,6 +41,8 @@ class ItcConfig(DistillConfig):
     """Smallest logit scale."""
     max_scale: float = 100.0
     """Largest logit scale, the inverse of the smallest temperature."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that is spread evenly over all candidates (ALIGN 0.1)."""
     queue: int = Field(0, ge=0)
     """Earlier pairs, over all ranks, whose embeds by the teacher are candidates too (ALBEF 65,536, BLIP 57,600)."""
 
@@ -111,7 +113,8 @@ class Itc(Objective):
             by_image, by_text = self._with_queued(by_image, by_text, pairs, self.queue)
         image_logits = similarities(image, all_text, scale)  # [B, S]
         text_logits = similarities(text, all_image, scale)  # [T, N]
-        image_target, text_target = evenly(by_image), evenly(by_text)
+        smoothing = self.config.label_smoothing
+        image_target, text_target = evenly(by_image, smoothing), evenly(by_text, smoothing)
         if mix := self.config.share(batch.seen):
             with torch.no_grad():
                 image_target = image_target.lerp(similarities(seen_image, all_text, scale).softmax(1), mix)
@@ -139,10 +142,11 @@ def similarities(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
         return scale.exp() * left @ right.T
 
 
-def evenly(true: Tensor) -> Tensor:
-    """Return each row's target [R, C], spread evenly over ``true`` [R, C]; a row without a true pair has none."""
+def evenly(true: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Return each row's target [R, C]: even over ``true`` [R, C], of which a row may have none; a share over all."""
     target = true.float()
-    return target / target.sum(1, keepdim=True).clamp(min=1)
+    target = target / target.sum(1, keepdim=True).clamp(min=1)
+    return target if smoothing == 0 else target * (1 - smoothing) + smoothing / target.shape[1]
 
 
 def contrastive(logits: Tensor, target: Tensor) -> Tensor:

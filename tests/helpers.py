@@ -12,7 +12,7 @@ import torch
 
 from encoders import PatchConfig, TextConfig
 from encoders.types import Batch, Images, Texts
-from objectives import AnswerConfig, ItcConfig, ItmConfig, LmConfig, MlmConfig, ObjectiveConfig
+from objectives import AnswerConfig, ItcConfig, ItmConfig, LmConfig, MlmConfig, ObjectiveConfig, SigmoidConfig
 from objectives.base import Draw
 from vlp.decoder import DecoderConfig
 from vlp.fusion import FusionConfig, NoFusionConfig
@@ -25,6 +25,7 @@ VOCABULARY, LENGTH, PIXELS = 50, 8, 16
 CLS, SEP, MASK, FIRST_WORD = 1, 2, 3, 5
 OBJECTIVES: dict[str, ObjectiveConfig] = {
     "itc": ItcConfig(),
+    "sigmoid": SigmoidConfig(),
     "itm": ItmConfig(),
     "mlm": MlmConfig(),
     "lm": LmConfig(),

@@ -20,7 +20,7 @@ from transformers import BertConfig, DistilBertConfig
 
 from encoders import HfTextConfig, PatchConfig, TextConfig
 from encoders.types import Batch, Images, Texts, Tokens
-from objectives import AnswerConfig, ItcConfig, ItmConfig, LmConfig, MlmConfig, ObjectiveConfig
+from objectives import AnswerConfig, ItcConfig, ItmConfig, LmConfig, MlmConfig, ObjectiveConfig, SigmoidConfig
 from objectives.base import Decode, Draw, Encode, Fuse, Fused, Side
 from vlp.decoder import DecoderConfig
 from vlp.fusion.dual import DualStreamConfig
@@ -68,6 +68,8 @@ DECODERS = {
 }
 OBJECTIVES: dict[str, dict[str, ObjectiveConfig]] = {
     "itc": {"itc": ItcConfig()},
+    "itc, smoothed": {"itc": ItcConfig(label_smoothing=0.1)},
+    "sigmoid": {"sigmoid": SigmoidConfig()},
     "itc, queue": {"itc": ItcConfig(queue=6, distill=0.4), "itm": ItmConfig()},
     "itm, random": {"itm": ItmConfig()},
     "itm, hard": {"itc": ItcConfig(), "itm": ItmConfig()},
@@ -303,16 +305,20 @@ def batch_for(objectives: dict[str, ObjectiveConfig], n: int = 4) -> Batch:
     return replace(tiny_batch(n), targets=targets)
 
 
-WITHOUT_FUSION = ("itc", "mlm", "mlm, untied")
+CONTRASTIVE = ("itc", "itc, smoothed", "sigmoid")
+WITHOUT_FUSION = (*CONTRASTIVE, "mlm", "mlm, untied")
 WITH_FUSION = [
-    (name, fusion) for name in OBJECTIVES if name != "itc" for fusion in ("single_stream", "dual_stream", "co")
+    (name, fusion)
+    for name in OBJECTIVES
+    if name not in CONTRASTIVE
+    for fusion in ("single_stream", "dual_stream", "co")
 ]
 
 
 @pytest.mark.parametrize(("name", "fusion"), [*WITH_FUSION, *((name, "none") for name in WITHOUT_FUSION)])
 def test_objective(name: str, fusion: str) -> None:
     objectives = OBJECTIVES[name]
-    if fusion == "none":
+    if fusion == "none" and name not in CONTRASTIVE:
         objectives = {**objectives, "itc": ItcConfig()}  # beside mlm it trains the vision encoder
     model, other = model_for(objectives, fusion), model_for(objectives, fusion, seed=1)
     batch = batch_for(objectives)
@@ -341,7 +347,8 @@ def test_fusion_that_nobody_reads_is_refused() -> None:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_objective_ignores_padding_and_order(name: str) -> None:
-    model, batch = model_for(OBJECTIVES[name], "none" if name == "itc" else "dual_stream"), batch_for(OBJECTIVES[name])
+    fusion = "none" if name in CONTRASTIVE else "dual_stream"
+    model, batch = model_for(OBJECTIVES[name], fusion), batch_for(OBJECTIVES[name])
     model.eval()
     views = {}
     for view, text in batch.texts.items():

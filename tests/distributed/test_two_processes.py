@@ -22,6 +22,7 @@ CASES = {
     "cross": ("dual_stream", ("itc", "itm", "mlm", "lm")),
     "single_stream": ("single_stream", ("itc", "itm", "mlm")),
     "none": ("none", ("itc",)),
+    "sigmoid": ("none", ("sigmoid",)),
 }
 STEPS = (EVEN, EVEN, UNEVEN)
 
