@@ -35,6 +35,9 @@ class GenerationConfig(Config):
     """Texts kept at a time (beam)."""
     length_penalty: float = 1.0
     """A text's score is its log-probability over (words written) ** this; > 0 favours long texts (beam)."""
+    score_length: Literal["written", "all"] = "written"
+    """Which ids that length counts. `written`: words written, and the end. `all`: from the first id on, the prompt
+    included and the end not, as transformers 4.15 did for the captions that BLIP and ALBEF published (beam)."""
     early_stopping: bool = False
     """Stop as soon as `beams` texts have ended, also where another could still win (beam)."""
     min_length: int = Field(0, ge=0)
@@ -130,34 +133,47 @@ def generate_text(
         memory: what the decoder reads, states [B, S, D] (image tokens, or a fused question).
         vocabulary: its bos begins each text, its eos ends it.
         config: how to write.
-        prompt_ids: [B, L] int64 ids that each text begins with, bos first; None: bos alone.
+        prompt_ids: [B, L] int64 ids that each text begins with, bos first; None: bos and the objective's own prompt.
         objective: name of the objective whose head writes; needed where there are several of kind lm.
         rows: [B] int64 memory row of each text; None: text b reads memory b.
         use_cache: as for :class:`DecoderStepper`.
 
     Returns:
-        The ids of each text from bos to eos (or to ``max_length``) without padding, and their scores [B].
+        The ids of each text from bos to eos (or to ``max_length``) without padding, and their scores [B]; the
+        objective's own prompt is left out.
 
     Raises:
         ValueError: the model cannot write, or the lengths do not fit it.
     """
-    heads = {name: one.head for name, one in model.objectives.items() if isinstance(one, Lm)}
-    if objective is not None:
-        heads = {name: head for name, head in heads.items() if name == objective}
-    if model.decoder is None or len(heads) != 1:
-        what = f"objectives of kind lm that could write: {sorted(heads)}" if model.decoder else "model.decoder is none"
+    decoder, writer = writer_of(model, objective)
+    limit = decoder.embeddings.max_length
+    if config.max_length > limit:
+        raise ValueError(f"max_length {config.max_length} is more than the {limit} positions of the decoder; lower it")
+    own = () if prompt_ids is not None else writer.config.prompt
+    if prompt_ids is None:
+        number = memory.states.shape[0] if rows is None else rows.shape[0]
+        prompt_ids = torch.tensor([[vocabulary.bos, *own]], device=memory.states.device).expand(number, -1)
+    stepper = DecoderStepper(decoder, writer.head, memory, rows, use_cache)
+    found = generate(stepper, prompt_ids, config, eos=vocabulary.eos, pad=vocabulary.pad)
+    texts = trim(found.ids, prompt_ids.shape[1], vocabulary.eos)
+    return [text[:1] + text[1 + len(own) :] for text in texts], found.scores
+
+
+def writer_of(model: Model, objective: str | None) -> tuple[Decoder, Lm]:
+    """Return the decoder, and the objective of this name (or the only one) whose head writes.
+
+    Raises:
+        ValueError: the model has no decoder, or not just one such objective.
+    """
+    writers = {name: one for name, one in model.objectives.items() if isinstance(one, Lm) and objective in (None, name)}
+    if model.decoder is None or len(writers) != 1:
+        what = (
+            f"objectives of kind lm that could write: {sorted(writers)}" if model.decoder else "model.decoder is none"
+        )
         raise ValueError(
             f"this model cannot write text, {what}; pretrain it with model.decoder.kind causal and one objective lm"
         )
-    limit = model.decoder.embeddings.max_length
-    if config.max_length > limit:
-        raise ValueError(f"max_length {config.max_length} is more than the {limit} positions of the decoder; lower it")
-    if prompt_ids is None:
-        number = memory.states.shape[0] if rows is None else rows.shape[0]
-        prompt_ids = torch.full((number, 1), vocabulary.bos, device=memory.states.device)
-    stepper = DecoderStepper(model.decoder, next(iter(heads.values())), memory, rows, use_cache)
-    found = generate(stepper, prompt_ids, config, eos=vocabulary.eos, pad=vocabulary.pad)
-    return trim(found.ids, prompt_ids.shape[1], vocabulary.eos), found.scores
+    return model.decoder, next(iter(writers.values()))
 
 
 @torch.no_grad()
@@ -226,20 +242,46 @@ def _one_by_one(stepper: Stepper, prompt: Tensor, config: GenerationConfig, eos:
     return Generated(ids, total / written**config.length_penalty)
 
 
+class _Ended:
+    """The best texts of each row that have ended, K of them at most."""
+
+    def __init__(self, batch: int, beams: int, length: int, pad: int, device: torch.device) -> None:
+        self.ids = torch.full((batch, beams, length), pad, device=device)
+        self.scores = torch.full((batch, beams), NEVER, device=device)
+        self.real = torch.zeros((batch, beams), dtype=torch.bool, device=device)
+        self.pad = pad
+
+    def add(self, texts: Tensor, scores: Tensor, which: Tensor) -> None:
+        """Take in those ``which`` [B, C] of the texts [B, C, L] that are among the best."""
+        texts = F.pad(texts, (0, self.ids.shape[2] - texts.shape[2]), value=self.pad)
+        every = torch.cat([self.scores, torch.where(which, scores, NEVER)], 1)
+        self.scores, kept = every.topk(self.scores.shape[1])
+        self.ids = _rows(torch.cat([self.ids, texts], 1), kept)
+        self.real = torch.cat([self.real, which], 1).gather(1, kept)
+
+    @property
+    def full(self) -> Tensor:
+        """[B] whether K texts have ended."""
+        return self.real.all(1)
+
+    def beaten(self, score: Tensor) -> Tensor:
+        """Return whether no text of this score [B] would be among the K best, [B]."""
+        return torch.where(self.full, self.scores[:, -1], NEVER) >= score
+
+
 def _beam(stepper: Stepper, prompt: Tensor, config: GenerationConfig, eos: int, pad: int) -> Generated:
-    """Beam search: ``running`` texts go on, ``done`` ones have ended; both sorted by score, best first."""
+    """Beam search: ``running`` texts go on, others have ``ended``; both sorted by score, best first."""
     batch, first = prompt.shape
-    beams, device = config.beams, prompt.device
+    beams, device, limit = config.beams, prompt.device, config.max_length
+    all_ids = config.score_length == "all"
     offset = torch.arange(batch, device=device)[:, None] * beams
     logits = stepper.step(prompt).repeat_interleave(beams, 0)
     stepper.reorder(torch.arange(batch, device=device).repeat_interleave(beams))
     running = prompt[:, None].expand(batch, beams, first)  # [B, K, L]
     scores = torch.full((batch, beams), NEVER, device=device)
     scores[:, 0] = 0.0  # the beams are equal at the start: only the first may go on, in several ways
-    done = torch.full((batch, beams, config.max_length), pad, device=device)
-    done_scores = torch.full((batch, beams), NEVER, device=device)
-    is_done = torch.zeros((batch, beams), dtype=torch.bool, device=device)
-    improvable = torch.ones(batch, dtype=torch.bool, device=device)
+    ended = _Ended(batch, beams, limit, pad, device)
+    going = torch.ones(batch, dtype=torch.bool, device=device)
     while True:
         step = _constrain(logits.float().log_softmax(1), running.flatten(0, 1), config, eos)  # [N, V]
         total = (step.unflatten(0, (batch, beams)) + scores[:, :, None]).flatten(1)
@@ -248,25 +290,20 @@ def _beam(stepper: Stepper, prompt: Tensor, config: GenerationConfig, eos: int, 
         beam, word = at // step.shape[1], at % step.shape[1]
         texts = torch.cat([_rows(running, beam), word[:, :, None]], 2)  # [B, 2K, L + 1]
         length = texts.shape[2]
-        weight = (length - first) ** config.length_penalty
-        ending = (word == eos) | (length == config.max_length)
-
-        ends = ending & improvable[:, None]
+        weight = (length - 1 if all_ids else length - first) ** config.length_penalty
+        ending = word == eos if all_ids else (word == eos) | (length == limit)
+        ends = ending & going[:, None]
         ends[:, beams:] = False  # the second half are only there to go on
-        if config.early_stopping:
-            ends &= ~is_done.all(1, keepdim=True)
-        every = torch.cat([done_scores, torch.where(ends, best / weight, NEVER)], 1)
-        done_scores, kept = every.topk(beams)
-        done = _rows(torch.cat([done, F.pad(texts, (0, config.max_length - length), value=pad)], 1), kept)
-        is_done = torch.cat([is_done, ends], 1).gather(1, kept)
-
+        ended.add(texts, best / weight, ends)
         scores, kept = torch.where(ending, NEVER, best).topk(beams)
         running = _rows(texts, kept)
-        worst = torch.where(is_done.all(1), done_scores[:, -1], NEVER)
-        improvable = improvable & (scores[:, 0] / weight > worst)
-        stop = ~improvable | is_done.all(1) if config.early_stopping else ~improvable
-        if length == config.max_length or bool(stop.all()):
-            return Generated(done[:, 0], done_scores[:, 0])
+        going = going & ~ended.beaten((best if all_ids else scores)[:, 0] / weight)
+        if config.early_stopping:
+            going = going & ~ended.full
+        if length == limit or not bool(going.any()):
+            if all_ids:  # what has not ended counts with all its ids
+                ended.add(running, scores / length**config.length_penalty, going[:, None].expand(-1, beams))
+            return Generated(ended.ids[:, 0], ended.scores[:, 0])
         stepper.reorder((beam.gather(1, kept) + offset).flatten())
         logits = stepper.step(running[:, :, -1:].flatten(0, 1))
 
