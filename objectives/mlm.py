@@ -34,6 +34,8 @@ class MlmConfig(DistillConfig):
     """Mask all pieces of a word together."""
     tied: bool = True
     """The output words are the text encoder's word embedding."""
+    alone: bool = False
+    """Read the text without its image also where there is a fusion (VLMo's text stage, FLAVA's texts)."""
 
     trains_embed: ClassVar[bool] = False
     reads: ClassVar[frozenset[Side]] = frozenset({"text"})
@@ -80,7 +82,8 @@ class Mlm(Objective):
     def __init__(self, config: MlmConfig, spec: ModelSpec) -> None:
         super().__init__()
         self.config, self.vocabulary_size = config, spec.vocabulary_size
-        self.fused = spec.fusion != "none"
+        self.one_modality = config.alone
+        self.fused = spec.fusion != "none" and not config.alone
         self.head = VocabularyHead(
             spec.text_width, spec.vocabulary_size, spec.word_embedding if config.tied else None, eps=spec.text_eps
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from scripts.goldens import vlmo
 from scripts.goldens.base import Adapter
 
-ADAPTERS: dict[str, Adapter] = {}
+ADAPTERS: dict[str, Adapter] = {**vlmo.ADAPTERS}

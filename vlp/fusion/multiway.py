@@ -8,6 +8,7 @@ Shapes: B images, M rows, N image tokens, L text length, S = N + L, D width, H h
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from encoders.layers import ACTIVATIONS, Cache, KeyValues, attention_mask, initi
 from encoders.text import BesideConfig, StackConfig
 from encoders.types import AttentionKind, Tokens
 from objectives.base import MAIN, Fused, Side
+from vlp.fusion.each import fuse_each, image_modality, modality_table, pooled_width
 from vlp.fusion.pooler import Pooler, PoolerKind, gather_images
 from vlp.fusion.positions import RelativePositions
 
@@ -44,6 +46,8 @@ class MultiwayConfig(BesideConfig):
     196); none = there is none."""
     modality_embedding: bool = False
     """Add a learned vector that tells image from text tokens (VLMo)."""
+    images: Literal["one", "each"] = "one"
+    """Images per text: one, or two that the text is fused with one after the other (NLVR2)."""
     final_norm: bool = True
     """Norm after the last block (off in BEiT-3's VQA and image classification)."""
     pooler: PoolerKind = "tanh"
@@ -177,7 +181,7 @@ class Multiway(nn.Module):
         self.text_width = width = stack.width
         self.image_project = nn.Linear(image_width, width) if image_width != width else nn.Identity()
         self.text_project = nn.Linear(text_width, width) if text_width != width else nn.Identity()
-        self.modality = nn.Embedding(2, width) if config.modality_embedding else None
+        self.modality = modality_table(width, config.images) if config.modality_embedding else None
         first = stack.layers - config.pair_layers
         self.blocks = nn.ModuleList(MultiwayBlock(config, stack, number >= first) for number in range(stack.layers))
         self.final_norm = Ways(lambda: nn.LayerNorm(width, stack.eps), config.decoupled) if config.final_norm else None
@@ -192,7 +196,7 @@ class Multiway(nn.Module):
             self.positions = RelativePositions(grid, config.relative_positions, stack.layers, stack.heads)
         self.pooler = Pooler(config.pooler, width, width) if "pooled" in reads else None
         self.pooler_norm = nn.LayerNorm(width, stack.eps) if self.pooler and config.pooler_norm else None
-        self.pooled_width = self.pooler.width if self.pooler else None
+        self.pooled_width = pooled_width(self.pooler, config.images)
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -217,8 +221,24 @@ class Multiway(nn.Module):
         Under "causal" and "prefix" attention all tokens see the image and the text's prefix, and text tokens the words
         before them. ``branch`` "vl" sends one modality alone through the feed-forward of pairs.
         """
+        if self.config.images == "each" and image is not None and text is not None:
+            return fuse_each(partial(self._fuse, image, layers=layers), text, image_index, attention, prefix)
+        return self._fuse(image, text, image_index, attention, prefix, layers=layers, branch=branch)
+
+    def _fuse(
+        self,
+        image: Tokens | None,
+        text: Tokens | None,
+        image_index: Tensor | None,
+        attention: AttentionKind,
+        prefix: Tensor | None,
+        number: Tensor | None = None,
+        layers: bool = False,
+        branch: str = MAIN,
+    ) -> Fused:
+        """As ``forward``, of rows with one image, each of this ``number`` [M] in its text."""
         assert branch in self.branches, branch
-        states, keep, num_image = self._join(image, text, image_index)
+        states, keep, num_image = self._join(image, text, image_index, number)
         pair = branch == VL or (image is not None and text is not None)
         seen = self._seen(keep, num_image, attention, prefix)
         biases = self._biases(num_image, states.shape[1] - num_image)
@@ -261,18 +281,19 @@ class Multiway(nn.Module):
         return states if self.final_norm is None else self.final_norm(states, 0)
 
     def _join(
-        self, image: Tokens | None, text: Tokens | None, image_index: Tensor | None
+        self, image: Tokens | None, text: Tokens | None, image_index: Tensor | None, number: Tensor | None = None
     ) -> tuple[Tensor, Tensor, int]:
         """Both sides behind each other, image first: states [M, S, D], keep [M, S], N."""
         parts: list[Tensor] = []
         keeps: list[Tensor] = []
-        for number, (tokens, project) in enumerate(((image, self.image_project), (text, self.text_project))):
+        for tokens, project in ((image, self.image_project), (text, self.text_project)):
             if tokens is None:
                 continue
             states, keep = gather_images(tokens.states, tokens.keep, image_index if tokens is image else None)
             states = project(states)
             if self.modality is not None:
-                states = states + self.modality.weight[number]
+                of_image = tokens is image
+                states = states + (image_modality(self.modality, number) if of_image else self.modality.weight[1])
             parts.append(states)
             keeps.append(states.new_ones(states.shape[:2], dtype=torch.bool) if keep is None else keep)
         return torch.cat(parts, 1), torch.cat(keeps, 1), 0 if image is None else parts[0].shape[1]
