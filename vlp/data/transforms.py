@@ -136,6 +136,10 @@ class ImageTransformConfig(Config):
     """Training: mirror half of the images. auto leaves those alone whose text says left or right."""
     rotation: float = Field(default=0.0, ge=0.0, le=180.0)
     """Training: rotate by up to this many degrees either way."""
+    zoom: tuple[float, float] | None = None
+    """Training: scale about the centre by a factor in (smallest, largest); `fill` shows around a smaller image."""
+    shift: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Training: move by up to this share of the side, along both axes."""
     color_jitter: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Training: change brightness, contrast and saturation by factors in 1 - x .. 1 + x. Hue stays: texts name it."""
     randaugment_n: int = Field(default=0, ge=0)
@@ -159,11 +163,15 @@ class ImageTransformConfig(Config):
             raise ValueError("pillow always antialiases; set antialias true, or use torch")
         return value
 
-    @field_validator("crop_scale")
+    @field_validator("crop_scale", "zoom")
     @classmethod
-    def _check_crop_scale(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not 0.0 < value[0] <= value[1] <= 1.0:
-            raise ValueError(f"{value} must be two shares of the area with 0 < smallest <= largest <= 1")
+    def _check_range(cls, value: tuple[float, float] | None, info: ValidationInfo) -> tuple[float, float] | None:
+        crop = info.field_name == "crop_scale"
+        if value is not None and not 0.0 < value[0] <= value[1] <= (1.0 if crop else np.inf):
+            what = (
+                "shares of the area with 0 < smallest <= largest <= 1" if crop else "factors, 0 < smallest <= largest"
+            )
+            raise ValueError(f"{value} must be two {what}")
         return value
 
 
@@ -200,9 +208,8 @@ class TrainTransform:
         # Drawn even if unused, so that one text does not change the other choices.
         if generator.random() < 0.5 and may_flip(config, texts):
             image = F.horizontal_flip(image)
-        if config.rotation:
-            angle = generator.uniform(-config.rotation, config.rotation)
-            image = F.rotate(image, angle, InterpolationMode.BILINEAR, fill=[float(config.fill)] * 3)
+        if config.rotation or config.zoom or config.shift:
+            image = _move(image, config, generator)
         if config.color_jitter:
             image = _jitter(image, config.color_jitter, generator)
         for _ in range(config.randaugment_n):
@@ -321,6 +328,15 @@ def _random_crop(
         h, w = min(height, max(1, round(width * 4 / 3))), min(width, max(1, round(height * 4 / 3)))
         top, left = (height - h) // 2, (width - w) // 2
     return _scale(F.crop(image, top, left, h, w), [config.side] * 2, config)
+
+
+def _move(image: Tensor, config: ImageTransformConfig, generator: np.random.Generator) -> Tensor:
+    """Rotate, scale and shift in one resampling."""
+    angle = float(generator.uniform(-config.rotation, config.rotation))
+    scale = 1.0 if config.zoom is None else float(generator.uniform(*config.zoom))
+    shift = [0.0, 0.0] if not config.shift else (generator.uniform(-1, 1, 2) * config.shift * config.side).tolist()
+    fill = [float(config.fill)] * 3
+    return F.affine(image, angle, shift, scale, [0.0, 0.0], InterpolationMode.BILINEAR, fill)
 
 
 def _jitter(image: Tensor, strength: float, generator: np.random.Generator) -> Tensor:

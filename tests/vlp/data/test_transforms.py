@@ -266,7 +266,32 @@ def test_rotation_uncovers_the_fill():
     assert any((view[:, 0, 0] == 9).all() for view in views)
 
 
-@pytest.mark.parametrize("wrong", [{"crop_scale": (0.0, 1.0)}, {"crop_scale": (0.5, 0.2)}, {"image_size": 0}])
+def test_zoom_and_shift_move_a_square_by_what_they_say():
+    image = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    image[:, 10:30, 10:30] = 255
+    config = ImageTransformConfig(image_size=40, flip="never", fill=0, zoom=(0.5, 2.0), shift=0.25)
+    sides, centres = [], []
+    for position in range(60):
+        rows = (TrainTransform(config)(image, Draw(0).sample("i", position))[0] > 127).any(1).nonzero()[:, 0]
+        if rows[0] > 0 and rows[-1] < 39:  # all of it is in sight
+            sides.append(len(rows))
+            centres.append((rows[0] + rows[-1]).item() / 2 - 19.5)
+    assert 9 <= min(sides) < 15 and 28 < max(sides) <= 41
+    assert -10.5 <= min(centres) < -5 and 5 < max(centres) <= 10.5
+    still = ImageTransformConfig(image_size=40, flip="never", zoom=(2.0, 2.0))
+    assert (TrainTransform(still)(image, Draw(0).sample("i", 0)) == 255).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"zoom": (0.0, 1.0)},
+        {"zoom": (2.0, 1.0)},
+        {"crop_scale": (0.0, 1.0)},
+        {"crop_scale": (0.5, 0.2)},
+        {"image_size": 0},
+    ],
+)
 def test_config_is_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ImageTransformConfig(**wrong)
