@@ -15,12 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.goldens import misc
 from scripts.goldens.base import Case, Verdict, run_case
 from scripts.goldens.cases import ADAPTERS
 
 
 def check(case: Case) -> Verdict:
     """Run one case; whatever goes wrong is its verdict."""
+    if (verdict := _of_no_model(case)) is not None:
+        return verdict
     adapter = next((one for pattern, one in ADAPTERS.items() if re.fullmatch(pattern, case.name)), None)
     if adapter is None:
         return Verdict(case.name, problems=["no adapter"])
@@ -29,6 +32,13 @@ def check(case: Case) -> Verdict:
     except Exception as error:  # a case that fails must not hide the others
         reason = next(iter(str(error).splitlines()), "")
         return Verdict(case.name, problems=[f"{type(error).__name__}: {reason[:300]}"])
+
+
+def _of_no_model(case: Case) -> Verdict | None:
+    try:
+        return misc.check(case)
+    except Exception as error:
+        return Verdict(case.name, problems=[f"{type(error).__name__}: {error}"])
 
 
 def main() -> int:

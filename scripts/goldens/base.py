@@ -226,14 +226,14 @@ def _compare_outputs(ran: Ran, adapter: Adapter, verdict: Verdict) -> None:
             verdict.problems.append(f"{name} has no adapter")
             continue
         try:
-            _compare(name, known[name](ran).detach(), wanted, keeps.get(name), tolerance, verdict)
+            compare(name, known[name](ran).detach(), wanted, keeps.get(name), tolerance, verdict)
         except (KeyError, AttributeError, ValueError, RuntimeError, AssertionError, IndexError, TypeError) as error:
             verdict.problems.append(
                 f"{name}: {type(error).__name__} {str(error).splitlines()[0][:120] if str(error) else ''}"
             )
 
 
-def _compare(
+def compare(
     name: str, found: Tensor, wanted: Tensor, keep: Tensor | None, tolerance: Mapping[str, float], verdict: Verdict
 ) -> None:
     if found.shape != wanted.shape:

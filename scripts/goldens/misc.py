@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from encoders.positions import resize_positions
-from scripts.goldens.base import Case, Verdict, _compare
+from scripts.goldens.base import Case, Verdict, compare
 from vlp.data import presets
 from vlp.data.presets import Preset, hf_processor, openclip
 from vlp.data.tokenizer import Tokenizer, TokenizerConfig, TransformersTokenizer, build_tokenizer
@@ -39,7 +39,7 @@ def check(case: Case) -> Verdict | None:
         if name not in found_tensors:
             verdict.problems.append(f"{name} has no adapter")
             continue
-        _compare(name, found_tensors[name], wanted_tensor, None, tolerance, verdict)
+        compare(name, found_tensors[name], wanted_tensor, None, tolerance, verdict)
     return verdict
 
 
