@@ -1,5 +1,6 @@
 """Answer classification: a fixed answer list with soft targets (VQA as in ViLT, METER, LXMERT).
 
+Verdicts on a pair are answers too: SNLI-VE's three, NLVR2's true and false (with `loss: ce`).
 Shapes: T questions, A answers.
 """
 
@@ -8,16 +9,16 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.types import Batch
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side
-from objectives.heads import MlpHead
-from vlp.config import Config
+from objectives.distill import DistillConfig
+from objectives.heads import MlpHead, ReluHead
 
 
-class AnswerConfig(Config):
+class AnswerConfig(DistillConfig):
     """Choose the answer from a list."""
 
     kind: Literal["answer"] = "answer"
@@ -27,8 +28,10 @@ class AnswerConfig(Config):
     """The answers, in the order of the head's outputs; filled from the training data when empty."""
     loss: Literal["bce", "ce"] = "bce"
     """`bce`: one sigmoid an answer against its soft score. `ce`: softmax against the scores normalised to one."""
+    head: Literal["mlp", "relu"] = "mlp"
+    """`mlp`: linear, norm, GELU, linear (ViLT, METER, X-VLM). `relu`: linear, ReLU, linear (ALBEF, BLIP)."""
     hidden: int | None = None
-    """Width inside the head; None = 2 x pooled."""
+    """Width inside the head; None = that of pooled, twice that in `mlp`."""
 
     trains_embed: ClassVar[bool] = False
     reads: ClassVar[frozenset[Side]] = frozenset({"pooled"})
@@ -54,8 +57,12 @@ class Answer(Objective):
     def __init__(self, config: AnswerConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        self.head = MlpHead(width, len(config.answers), config.hidden)
+        build = MlpHead if config.head == "mlp" else ReluHead
+        self.head: nn.Module = build(width, len(config.answers), config.hidden)
         self.needs = frozenset({Fuse()})
+        self.teaches_head = config.distill > 0
+        if self.teaches_head:
+            self.needs |= {Fuse(teacher=True)}
 
     def chance(self, candidates: int) -> float | None:
         number = len(self.config.answers)
@@ -69,14 +76,23 @@ class Answer(Objective):
         """Sum over answers (bce) or cross-entropy (ce), mean over questions."""
         logits = self.head(results[Fuse()].pooled).float()
         scores = batch.targets["answer_scores"].to(logits.dtype)
+        target = scores
+        if self.config.loss == "ce":
+            target = scores / scores.sum(1, keepdim=True).clamp(min=1e-6)
+        if share := self.config.share(batch.seen):
+            with torch.no_grad():
+                believed = results.teacher_head(self.name)(results[Fuse(teacher=True)].pooled).float()
+                target = target.lerp(self._probabilities(believed), share)
         if self.config.loss == "bce":
-            loss = F.binary_cross_entropy_with_logits(logits, scores, reduction="none").sum(1).mean()
+            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1).mean()
         else:
-            loss = F.cross_entropy(logits, scores / scores.sum(1, keepdim=True).clamp(min=1e-6))
+            loss = F.cross_entropy(logits, target)
         best = scores.gather(1, logits.detach().argmax(1, keepdim=True))
         return LossOutput(loss, {"score": best.mean()})
 
     def scores(self, pooled: Tensor) -> Tensor:
         """Pooled fused vectors [M, W] -> answer probabilities [M, A]."""
-        logits = self.head(pooled).float()
+        return self._probabilities(self.head(pooled).float())
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
         return logits.sigmoid() if self.config.loss == "bce" else logits.softmax(1)

@@ -36,11 +36,20 @@ class VocabularyHead(nn.Module):
 
 
 class MlpHead(nn.Sequential):
-    """Linear, norm, GELU, Linear (ViLT's and METER's task heads)."""
+    """Linear, norm, GELU, Linear (ViLT's, METER's and X-VLM's task heads)."""
 
     def __init__(self, width: int, outputs: int, hidden: int | None = None, eps: float = 1e-5) -> None:
         hidden = hidden or 2 * width
         super().__init__(nn.Linear(width, hidden), nn.LayerNorm(hidden, eps), nn.GELU(), nn.Linear(hidden, outputs))
+        initialise(self)
+
+
+class ReluHead(nn.Sequential):
+    """Linear, ReLU, Linear (ALBEF's and BLIP's task heads)."""
+
+    def __init__(self, width: int, outputs: int, hidden: int | None = None) -> None:
+        hidden = hidden or width
+        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
         initialise(self)
 
 

@@ -6,21 +6,22 @@ Shapes: T texts, L length, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.types import AttentionKind, Batch, Texts, Vocabulary
 from objectives.base import Decode, Draw, Encode, Fuse, LossOutput, ModelSpec, Objective, Pass, Results, Side, ViewText
+from objectives.distill import DistillConfig, Taught, soft_cross_entropy
 from objectives.heads import VocabularyHead, labelled
 from objectives.mlm import count_labels, word_loss
-from vlp.config import Config
 
 
-class LmConfig(Config):
+class LmConfig(DistillConfig):
     """Caption (or answer) the image with the decoder."""
 
     kind: Literal["lm"] = "lm"
@@ -92,7 +93,9 @@ class Lm(Objective):
         )
         self.memory: Encode | Fuse = Encode("image") if config.memory == "image" else Fuse()
         self.written = Decode(self.memory, config.view)
-        self.needs: frozenset[Pass] = frozenset({self.written})
+        self.taught = replace(self.written, teacher=True)
+        self.teaches_head = config.distill > 0
+        self.needs: frozenset[Pass] = frozenset({self.written, self.taught} if self.teaches_head else {self.written})
         self.views = {config.view: CausalView(prompt=config.prompt)}
 
     def count(self, batch: Batch) -> Tensor | float:
@@ -112,15 +115,20 @@ class Lm(Objective):
         """Cross-entropy of the next word, mean over the words or over what the texts belong to."""
         text, states = batch.texts[self.config.view], results[self.written].states
         assert text.labels is not None
+        taught = None
+        if share := self.config.share(batch.seen):
+            taught = Taught(results.teacher_head(self.name), results[self.taught].states, share)
         if self.config.mean == "words":
-            return word_loss(self.head, states, text.labels, text.label_at, self.config.label_smoothing)
-        losses = text_losses(self.head, states, text, self.config.label_smoothing)
+            return word_loss(self.head, states, text.labels, text.label_at, self.config.label_smoothing, taught)
+        losses = text_losses(self.head, states, text, self.config.label_smoothing, taught)
         if text.weight is not None:
             losses = losses * text.weight
         return LossOutput(losses.sum() / self._owners(batch))
 
 
-def text_losses(head: nn.Module, states: Tensor, text: Texts, smoothing: float = 0.0) -> Tensor:
+def text_losses(
+    head: nn.Module, states: Tensor, text: Texts, smoothing: float = 0.0, taught: Taught | None = None
+) -> Tensor:
     """Return each text's cross-entropy, summed over its labelled words, [T].
 
     Args:
@@ -128,10 +136,16 @@ def text_losses(head: nn.Module, states: Tensor, text: Texts, smoothing: float =
         states: [T, L, D].
         text: with labels [T, L].
         smoothing: share of the target spread over the vocabulary.
+        taught: what the momentum teacher says, if anything.
     """
     assert text.labels is not None
     picked, targets = labelled(states, text.labels, text.label_at)  # [K, D], [K]
-    losses = F.cross_entropy(head(picked).float(), targets, reduction="none", label_smoothing=smoothing)
+    logits = head(picked).float()
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    if taught is not None:
+        with torch.no_grad():
+            believed = taught.head(labelled(taught.states, text.labels, text.label_at)[0])
+        losses = losses.lerp(soft_cross_entropy(logits, believed) * (targets != -100), taught.share)
     number, length = text.labels.shape
     if text.label_at is None:
         return losses.unflatten(0, (number, length)).sum(1)

@@ -80,6 +80,8 @@ OBJECTIVES: dict[str, dict[str, ObjectiveConfig]] = {
     "lm": {"lm": LmConfig(label_smoothing=0.1), "itm": ItmConfig()},
     "lm, fused": {"lm": LmConfig(memory="fused")},
     "answer, bce": {"answer": AnswerConfig(answers=("yes", "no", "maybe"))},
+    "lm, distilled": {"lm": LmConfig(memory="fused", mean="texts", distill=0.4)},
+    "answer, distilled": {"answer": AnswerConfig(answers=("yes", "no"), loss="ce", head="relu", distill=0.4)},
     "answer, ce": {"answer": AnswerConfig(answers=("yes", "no"), loss="ce")},
 }
 
