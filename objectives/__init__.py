@@ -9,11 +9,12 @@ from objectives.itc import ItcConfig
 from objectives.itm import ItmConfig
 from objectives.lm import LmConfig
 from objectives.mlm import MlmConfig
+from objectives.mrm import MrmConfig
 from objectives.rank import RankConfig
 from objectives.sigmoid import SigmoidConfig
 from objectives.wra import WraConfig
 
 ObjectiveConfig: TypeAlias = Annotated[
-    ItcConfig | SigmoidConfig | ItmConfig | MlmConfig | LmConfig | AnswerConfig | RankConfig | WraConfig,
+    ItcConfig | SigmoidConfig | ItmConfig | MlmConfig | LmConfig | AnswerConfig | RankConfig | WraConfig | MrmConfig,
     Field(discriminator="kind"),
 ]

@@ -30,9 +30,10 @@ class ItmConfig(Config):
     """Weight of this loss in the sum."""
     negatives: Literal["auto", "hard", "random"] = "auto"
     """Drawn by contrastive similarity, or evenly. `auto`: hard where an objective trains the embeddings."""
-    scheme: Literal["both", "replace_image"] = "both"
+    scheme: Literal["both", "replace_image", "given"] = "both"
     """`both`: each pair with one false image and one false text (ALBEF). `replace_image`: each pair's image is replaced
-    with probability 0.5 (UNITER, ViLT, METER)."""
+    with probability 0.5 (UNITER, ViLT, METER). `given`: the data have false pairs, too, and ``targets["match"]`` [T]
+    says which are true (VisualBERT, ViLBERT, LXMERT)."""
     candidates: Literal["microbatch"] = "microbatch"
     """Where negatives come from: the batch that one rank runs at a time."""
     exclude: Positives = "id_or_caption"
@@ -74,10 +75,11 @@ class Itm(Objective):
         self.config, self.hard = config, hard
         self.head = nn.Linear(width, 2)
         initialise(self)
-        self.needs = frozenset({Fuse(rows="itm")})
+        self.given = config.scheme == "given"
+        self.needs = frozenset({Fuse() if self.given else Fuse(rows="itm")})
         if config.scheme == "both":
             self.needs |= {Fuse()}
-        if hard:
+        if hard and not self.given:
             self.needs |= {Embed("image"), Embed("text")}
 
     def chance(self, candidates: int) -> float:
@@ -94,6 +96,8 @@ class Itm(Objective):
         if batch.image_of_text is not None and batch.image_of_text.dim() > 1:
             number = batch.image_of_text.shape[1]
             raise ValueError(f"objective itm matches a text with one image, but here a text has {number}; remove itm")
+        if self.given:
+            return {}
         device = next(iter(batch.texts.values())).ids.device
         own = image_of_text(batch, device)  # [T]
         by_image, by_text = true_pairs(find_pairs(batch, self.config.exclude, device, everywhere=False))
@@ -135,6 +139,10 @@ class Itm(Objective):
 
     def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
         """Cross-entropy of match against no match, mean over all rows; a row that found no negative has no loss."""
+        if self.given:
+            logits = self.head(results[Fuse()].pooled)
+            loss, right = match_terms(logits, batch.targets["match"].long())
+            return LossOutput(loss.mean(), {"accuracy": right.mean()})
         drawn: Rows = results.rows["itm"]
         own = image_of_text(batch, drawn.image_index.device)
         logits = self.head(results[Fuse(rows="itm")].pooled)
@@ -147,14 +155,19 @@ class Itm(Objective):
             logits = torch.cat([self.head(results[Fuse()].pooled), logits])
             label = torch.cat([torch.ones_like(own), torch.zeros_like(drawn.image_index)])
             weight = torch.cat([torch.ones_like(own, dtype=logits.dtype), found.to(logits.dtype)])
-        loss = F.cross_entropy(logits.float(), label, reduction="none")
-        right = (logits.detach().argmax(1) == label).float()
+        loss, right = match_terms(logits, label)
         return LossOutput((loss * weight).mean(), {"accuracy": (right * weight).sum() / weight.sum()})
 
     def score(self, pooled: Tensor) -> Tensor:
         """Pooled fused vectors [M, W] -> matching logit [M], the log odds of a match."""
         logits = self.head(pooled)
         return logits[:, 1] - logits[:, 0]
+
+
+def match_terms(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [M, 2] and labels [M] int64 -> each row's loss [M], and whether it is right [M], 0 or 1."""
+    loss = F.cross_entropy(logits.float(), label, reduction="none")
+    return loss, (logits.detach().argmax(1) == label).float()
 
 
 def _blend(even: Tensor, hard: Tensor, mix: float) -> Tensor:

@@ -1,0 +1,239 @@
+"""Masked region modelling (MRM): what did the detector say of the regions whose features are hidden?
+
+Feature regression, and classification against the detector's best class or its whole distribution (Chen et al. 2020,
+UNITER, section 3.2; Lu et al. 2019, ViLBERT, section 3.1; Tan and Bansal 2019, LXMERT, section 3.1).
+Shapes: B images, R regions, K predicted regions, O outputs of a target, D width, F feature width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal, TypeAlias
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from encoders.layers import initialise
+from encoders.types import Batch, Regions
+from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side
+from vlp.config import Config
+
+RegionLoss: TypeAlias = Literal["mse", "smooth_l1", "kl", "best_class", "class", "nce"]
+
+
+class RegionTargetConfig(Config):
+    """One thing to predict of each region: an entry of ``Regions.targets``."""
+
+    outputs: int
+    """O: width of the features, or number of classes."""
+    losses: tuple[RegionLoss, ...] = ("kl",)
+    """`mse`, `smooth_l1`: regression [B, R, O]. `kl`: to the detector's distribution [B, R, O]. `best_class`: its best
+    class, of which 0 is background and never it. `class`: a given class [B, R]. `nce`: find the true features among
+    those of all regions of the batch."""
+    weight: float = 1.0
+    """Weight beside the other targets."""
+    reduce: Literal["mean", "sum"] = "mean"
+    """Of `mse`, `smooth_l1` and `kl` over a region's outputs (ViLBERT sums its kl)."""
+    tied: bool = False
+    """The last layer is the vision encoder's feature projection, transposed (UNITER's regression)."""
+
+
+class MrmConfig(Config):
+    """Predict hidden regions from the rest of the image and the text."""
+
+    kind: Literal["mrm"] = "mrm"
+    weight: float = 1.0
+    """Weight of this loss in the sum."""
+    targets: dict[str, RegionTargetConfig] = Field(
+        default_factory=lambda: {"classes": RegionTargetConfig(outputs=1601)}
+    )
+    """What is predicted, by its name in ``Regions.targets``: "features" (without an entry the regions' own), "classes",
+    "objects", "attributes"; "NAME_scores" [B, R] there weighs the terms of NAME (LXMERT: the detector's confidence)."""
+    text: Literal["clean", "masked"] = "clean"
+    """Text beside it: the whole one (UNITER masks one side at a time), or that with masked words (ViLBERT, LXMERT)."""
+    mean: Literal["predicted", "all"] = "predicted"
+    """Over which regions: those predicted, or all, where the scores say which count (LXMERT, whose weight of 6.667 is
+    then 1 / 0.15)."""
+    norm: bool = True
+    """Layer norm in the head (VL-BERT has none)."""
+
+    trains_embed: ClassVar[bool] = False
+    reads: ClassVar[frozenset[Side]] = frozenset({"image"})
+
+    def build(self, spec: ModelSpec) -> Mrm:
+        """Build the objective.
+
+        Raises:
+            ValueError: the fusion gives no image states, or there is nothing to tie a head to.
+        """
+        if spec.image_width is None:
+            raise ValueError(
+                f"objective mrm needs fused image states, which model.fusion.kind {spec.fusion} does not give; use "
+                "single_stream, sublayers, or dual_stream with attention co"
+            )
+        if any(one.tied for one in self.targets.values()) and spec.feature_projection is None:
+            raise ValueError(
+                "objectives.mrm.targets: tied needs model.vision.kind region, to whose projection it is tied; set it "
+                "to false"
+            )
+        return Mrm(self, spec.image_width, spec)
+
+
+class TiedRegression(nn.Module):
+    """Width D back to features by the transposed projection [D, F], with its own bias."""
+
+    def __init__(self, projection: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = projection
+        self.bias = nn.Parameter(torch.zeros(projection.shape[1]))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., D] -> [..., F]."""
+        return F.linear(states, self.weight.t(), self.bias)
+
+
+class RegionHead(nn.Module):
+    """Dense, GELU, norm, then one layer a target."""
+
+    def __init__(self, config: MrmConfig, width: int, spec: ModelSpec) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, spec.text_eps) if config.norm else nn.Identity()
+        self.outputs = nn.ModuleDict()
+        for name, target in config.targets.items():
+            tied = spec.feature_projection if target.tied else None
+            self.outputs[name] = nn.Linear(width, target.outputs) if tied is None else TiedRegression(tied)
+        initialise(self)
+
+    def forward(self, states: Tensor) -> dict[str, Tensor]:
+        """[..., D] -> outputs [..., O] by target."""
+        states = self.norm(F.gelu(self.dense(states)))
+        return {name: output(states) for name, output in self.outputs.items()}
+
+
+class Mrm(Objective):
+    """Prediction of regions; ``Regions.predict`` says of which (else the masked ones)."""
+
+    def __init__(self, config: MrmConfig, width: int, spec: ModelSpec) -> None:
+        super().__init__()
+        self.config = config
+        self.head = RegionHead(config, width, spec)
+        self.fused = Fuse("masked", config.text)
+        self.needs = frozenset({self.fused})
+
+    def count(self, batch: Batch) -> Tensor:
+        regions = _regions(batch)
+        predicted = _predicted(regions)
+        return predicted.sum() if self.config.mean == "predicted" else torch.full_like(predicted, True).sum()
+
+    def chance(self, candidates: int) -> float | None:
+        """Of one class target the guess among all classes; a regression has none."""
+        if len(self.config.targets) != 1:
+            return None
+        (target,) = self.config.targets.values()
+        return target.weight * math.log(target.outputs) if target.losses in (("best_class",), ("class",)) else None
+
+    def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
+        """Weighted sum over the targets of the mean over regions."""
+        regions = _regions(batch)
+        fused = results[self.fused].image
+        assert fused is not None
+        at = regions.predict_at if self.config.mean == "predicted" else None
+        found = _pick(_predicted(regions), at)
+        if at is not None:
+            found = found & (at >= 0)
+        outputs = self.head(_pick(fused.states, at))
+        count = found.sum().clamp(min=1) if self.config.mean == "predicted" else found.numel()
+        parts, metrics = [], {}
+        for name, target in self.config.targets.items():
+            wanted = _pick(_target(regions, name), at)
+            weight = self._weight(regions, name, found, at)
+            for kind in target.losses:
+                terms = region_terms(kind, outputs[name].float(), wanted, _candidates(regions, name, kind))
+                if terms.dim() > 1:
+                    terms = terms.mean(1) if target.reduce == "mean" else terms.sum(1)
+                loss = torch.where(weight > 0, terms * weight, 0).sum() / count
+                parts.append(target.weight * loss)
+                metrics[f"{name}_{kind}"] = loss.detach()
+        return LossOutput(torch.stack(parts).sum(), metrics)
+
+    def _weight(self, regions: Regions, name: str, found: Tensor, at: Tensor | None) -> Tensor:
+        """Weight of each term [K]: whether it is predicted, times the detector's score where there is one."""
+        scores = regions.targets.get(f"{name}_scores")
+        if scores is None:
+            return found.float()
+        weight = _pick(scores, at).float()
+        return weight * found if self.config.mean == "predicted" else weight
+
+    def predict(self, states: Tensor) -> dict[str, Tensor]:
+        """Image states after fusion [..., D] -> outputs [..., O] by target."""
+        return self.head(states)
+
+
+def region_terms(kind: RegionLoss, outputs: Tensor, target: Tensor, candidates: Tensor | None = None) -> Tensor:
+    """Loss of each region, before any mean.
+
+    Args:
+        kind: which.
+        outputs: [K, O].
+        target: [K, O] features or probabilities, or [K] int64 classes.
+        candidates: [N, O] features among which "nce" finds the true one.
+
+    Returns:
+        [K, O] for "mse", "smooth_l1", "kl"; else [K].
+    """
+    if kind == "mse":
+        return F.mse_loss(outputs, target, reduction="none")
+    if kind == "smooth_l1":
+        return F.smooth_l1_loss(outputs, target, reduction="none")
+    if kind == "kl":
+        return F.kl_div(outputs.log_softmax(-1), target, reduction="none")
+    if kind == "best_class":
+        return F.cross_entropy(outputs, target[:, 1:].argmax(-1) + 1, reduction="none")
+    if kind == "class":
+        return F.cross_entropy(outputs, target, reduction="none")
+    assert candidates is not None
+    true = (outputs * target).sum(-1)
+    # Equal features (padding, a region twice) are no false candidates.
+    same = (target[:, None] == candidates[None]).all(-1)
+    false = (outputs @ candidates.t()).masked_fill(same, -torch.inf)
+    return torch.cat([true[:, None], false], 1).logsumexp(1) - true
+
+
+def _regions(batch: Batch) -> Regions:
+    """The regions with hidden ones."""
+    regions = batch.images["masked"]
+    if not isinstance(regions, Regions):
+        raise ValueError("objective mrm predicts a detector's regions, but the batch has pixels; remove mrm")
+    return regions
+
+
+def _predicted(regions: Regions) -> Tensor:
+    """[B, R] bool."""
+    found = regions.masked if regions.predict is None else regions.predict
+    if found is None:
+        raise ValueError("objective mrm: the batch's view 'masked' hides no regions; give Regions.masked or .predict")
+    return found
+
+
+def _target(regions: Regions, name: str) -> Tensor:
+    """[B, R] or [B, R, O]."""
+    if name == "features" and name not in regions.targets:
+        return regions.features
+    if name not in regions.targets:
+        raise ValueError(
+            f"objectives.mrm.targets: the data have no {name!r}, only {sorted(regions.targets)}; remove it"
+        )
+    return regions.targets[name]
+
+
+def _candidates(regions: Regions, name: str, kind: RegionLoss) -> Tensor | None:
+    return _target(regions, name).flatten(0, 1) if kind == "nce" else None
+
+
+def _pick(x: Tensor, at: Tensor | None) -> Tensor:
+    """[B, R, ...] -> [K, ...]: of the flat positions ``at``, or of all."""
+    flat = x.flatten(0, 1)
+    return flat if at is None else flat.index_select(0, at.clamp(min=0))
