@@ -18,6 +18,7 @@ from encoders.text import BesideConfig, load_bert
 from encoders.types import AttentionKind, Tokens
 from objectives.base import Fused, Side
 from vlp.fusion.each import ImagesPerText, fuse_each, image_modality, modality_table, pooled_width
+from vlp.fusion.parallel import TwinAttention
 from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images, gather_keep
 
 
@@ -35,9 +36,13 @@ class DualStreamConfig(BesideConfig):
     """Map both streams linearly to `width` first (METER), also where the widths agree already."""
     pooler: PoolerKind = "cls"
     """How `pooled` is made."""
-    images: ImagesPerText = "one"
-    """Images per text: one; two laid behind each other (`pair`); or two that the text is fused with one after the other
-    (`each`: NLVR2 in METER)."""
+    images: ImagesPerText | Literal["parallel"] = "one"
+    """Images per text: one; two laid behind each other (`pair`); two that the text is fused with one after the other
+    (`each`: NLVR2 in METER); or two that every block of `cross` reads at once, each by a cross-attention of its own
+    (`parallel`: in BLIP)."""
+    merge_from: int = 6
+    """parallel: blocks from this one on merge what they read of the two images by a linear layer; those before take the
+    mean."""
     init_layer: int = 0
     """First layer of `init` to take (ALBEF: 6 of BERT's 12)."""
 
@@ -67,6 +72,8 @@ class DualStream(nn.Module):
         self.modality = modality_table(width, config.images) if config.modality_embedding else None
         self.order = nn.Parameter(torch.zeros(2, memory_width)) if config.images == "pair" else None
         self.blocks = nn.ModuleList(stack.block(memory_width) for _ in range(stack.layers))
+        if config.images == "parallel":
+            self._read_in_parallel(memory_width)
         pre = stack.norm == "pre"
         self.final_norm = nn.LayerNorm(width, stack.eps) if pre else nn.Identity()
         self.pooler = Pooler(config.pooler, width, width) if "pooled" in reads else None
@@ -86,6 +93,16 @@ class DualStream(nn.Module):
         for part in self.children():
             if not isinstance(part, Pooler):
                 initialise(part)
+
+    def _read_in_parallel(self, memory_width: int) -> None:
+        """Give every block a cross-attention for each of two images."""
+        if self.co:
+            raise ValueError("model.fusion.images parallel needs model.fusion.attention cross; set it, or images each")
+        stack = self.config.stack
+        for number, block in enumerate(self.blocks):
+            merge = number >= self.config.merge_from
+            twins = TwinAttention(stack.width, stack.heads, kv_width=memory_width, dropout=stack.dropout, merge=merge)
+            block.cross = twins
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:

@@ -76,14 +76,14 @@ def _join(tokens: Tokens | None) -> Tokens | None:
     return Tokens(lay_out(tokens.states), keep, tokens.pooled[::NUM_IMAGES], layers)
 
 
-def pooled_width(pooler: Pooler | None, images: ImagesPerText) -> int | None:
+def pooled_width(pooler: Pooler | None, images: str) -> int | None:
     """Width of ``Fused.pooled``; None without a pooler."""
     if pooler is None:
         return None
     return NUM_IMAGES * pooler.width if images == "each" else pooler.width
 
 
-def modality_table(width: int, images: ImagesPerText) -> nn.Embedding:
+def modality_table(width: int, images: str) -> nn.Embedding:
     """Rows: image, text; with `each` also one for every further image."""
     return nn.Embedding(1 + NUM_IMAGES if images == "each" else 2, width)
 
