@@ -18,6 +18,8 @@ from vlp.checkpoint.foreign import Renamed
 State: TypeAlias = Mapping[str, Tensor]
 Convert: TypeAlias = Callable[[Tensor], Tensor]
 
+_PLACES = {"n": r"\d+", "p": "weight|bias", "rest": ".+"}
+
 
 def same(tensor: Tensor) -> Tensor:
     """Return the tensor as it is."""
@@ -28,7 +30,7 @@ def same(tensor: Tensor) -> Tensor:
 class Pair:
     """Weights there and here that hold the same values; several of either side lie behind each other along axis 0.
 
-    In the names ``{n}`` stands for a layer's number and ``{p}`` for ``weight`` or ``bias``.
+    In the names ``{n}`` stands for a layer's number, ``{p}`` for ``weight`` or ``bias``, ``{rest}`` for anything.
     """
 
     theirs: str | tuple[str, ...]
@@ -97,7 +99,9 @@ def rename_pairs(table: Sequence[Pair], state: State, ignored: Mapping[str, str]
             found |= dict(zip(ours, _cut(parts, len(ours), pair.cut), strict=True))
             used |= set(theirs)
     left = [name for name in state if name not in used]
-    reasons = {name: reason for pattern, reason in (ignored or {}).items() for name in left if re.fullmatch(pattern, name)}
+    reasons = {
+        name: reason for pattern, reason in (ignored or {}).items() for name in left if re.fullmatch(pattern, name)
+    }
     return Renamed(found, reasons, tuple(name for name in left if name not in reasons))
 
 
@@ -132,25 +136,21 @@ def _cut(parts: Sequence[Tensor], number: int, shares: tuple[int, ...]) -> Seque
 def _expand(
     left: str | tuple[str, ...], right: str | tuple[str, ...], state: State
 ) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Every number and parameter kind for which all names on the left are there -> (left names, right names)."""
+    """Every number and kind of parameter for which all names on the left are there -> (left names, right names)."""
     left, right = ((names,) if isinstance(names, str) else names for names in (left, right))
-    seen: set[tuple[str, str]] = set()
-    for n, p in _matches(left[0], state):
-        if (n, p) not in seen and all(_fill(name, n, p) in state for name in left):
-            seen.add((n, p))
-            yield tuple(_fill(name, n, p) for name in left), tuple(_fill(name, n, p) for name in right)
+    for values in _matches(left[0], state):
+        found, wanted = (tuple(name.format(**values) for name in names) for names in (left, right))
+        if all(name in state for name in found):
+            yield found, wanted
 
 
-def _matches(template: str, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _matches(template: str, names: Iterable[str]) -> Iterator[dict[str, str]]:
     if "{" not in template:
-        yield "", ""
+        yield {}
         return
-    pattern = re.escape(template).replace(r"\{n\}", r"(?P<n>\d+)", 1).replace(r"\{p\}", "(?P<p>weight|bias)", 1)
+    pattern = re.escape(template)
+    for name, values in _PLACES.items():
+        pattern = pattern.replace(rf"\{{{name}\}}", f"(?P<{name}>{values})")
     for name in names:
         if match := re.fullmatch(pattern, name):
-            groups = match.groupdict()
-            yield groups.get("n", ""), groups.get("p", "")
-
-
-def _fill(template: str, n: str, p: str) -> str:
-    return template.replace("{n}", n).replace("{p}", p)
+            yield match.groupdict()
