@@ -13,11 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from encoders.layers import attention_mask, initialise
+from encoders.layers import Block, attention_mask, initialise
 from encoders.text import BesideConfig, load_bert
 from encoders.types import AttentionKind, Tokens
 from objectives.base import Fused, Side
-from vlp.fusion.each import ImagesPerText, fuse_each, image_modality, modality_table, pooled_width
+from vlp.fusion.each import NUM_IMAGES, ImagesPerText, fuse_each, image_modality, modality_table, pooled_width
 from vlp.fusion.parallel import TwinAttention
 from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images, gather_keep
 
@@ -36,10 +36,11 @@ class DualStreamConfig(BesideConfig):
     """Map both streams linearly to `width` first (METER), also where the widths agree already."""
     pooler: PoolerKind = "cls"
     """How `pooled` is made."""
-    images: ImagesPerText | Literal["parallel"] = "one"
+    images: ImagesPerText | Literal["parallel", "alternate"] = "one"
     """Images per text: one; two laid behind each other (`pair`); two that the text is fused with one after the other
-    (`each`: NLVR2 in METER); or two that every block of `cross` reads at once, each by a cross-attention of its own
-    (`parallel`: in BLIP)."""
+    (`each`: NLVR2 in METER); two that every block of `cross` reads at once, each by a cross-attention of its own
+    (`parallel`: in BLIP); or two that the blocks of `cross` read by turns, two blocks sharing the keys and values of
+    their cross-attention (`alternate`: in ALBEF, X-VLM)."""
     merge_from: int = 6
     """parallel: blocks from this one on merge what they read of the two images by a linear layer; those before take the
     mean."""
@@ -74,6 +75,8 @@ class DualStream(nn.Module):
         self.blocks = nn.ModuleList(stack.block(memory_width) for _ in range(stack.layers))
         if config.images == "parallel":
             self._read_in_parallel(memory_width)
+        if config.images == "alternate":
+            self._read_by_turns()
         pre = stack.norm == "pre"
         self.final_norm = nn.LayerNorm(width, stack.eps) if pre else nn.Identity()
         self.pooler = Pooler(config.pooler, width, width) if "pooled" in reads else None
@@ -103,6 +106,17 @@ class DualStream(nn.Module):
             merge = number >= self.config.merge_from
             twins = TwinAttention(stack.width, stack.heads, kv_width=memory_width, dropout=stack.dropout, merge=merge)
             block.cross = twins
+
+    def _read_by_turns(self) -> None:
+        """Let every second block share the keys and values of the one before (Li et al. 2021, ALBEF, section 5)."""
+        if self.co or len(self.blocks) % NUM_IMAGES:
+            raise ValueError(
+                f"model.fusion.images alternate needs model.fusion.attention cross and an even number of layers, not "
+                f"{self.config.attention} and {len(self.blocks)}; change them, or set images each"
+            )
+        for first, second in zip(self.blocks[::2], self.blocks[1::2], strict=True):
+            assert isinstance(first, Block) and isinstance(second, Block)
+            second.cross.key, second.cross.value = first.cross.key, first.cross.value
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
@@ -179,10 +193,14 @@ class DualStream(nn.Module):
         if memory is not None and self.order is not None:
             memory, keep = gather_images(memory, keep, index)
             memory, index = add_order(memory, index, self.order), None
-        memory_mask = attention_mask(gather_keep(keep, index))
+        turns = [index]
+        if memory is not None and self.config.images == "alternate":
+            turns = take_turns(index)
+        masks = [attention_mask(gather_keep(keep, one)) for one in turns]
         every = [states]
-        for block in self.blocks:
-            states = block(states, mask, memory=memory, memory_index=index, memory_mask=memory_mask)
+        for number, block in enumerate(self.blocks):
+            turn = number % len(turns)
+            states = block(states, mask, memory=memory, memory_index=turns[turn], memory_mask=masks[turn])
             every.append(states)
         return self._finish(None, None, states, text.keep, every if layers else None, None)
 
@@ -229,3 +247,17 @@ class DualStream(nn.Module):
         if self.pooler is not None and (seen is not None or not self.pooler.reads_image):
             pooled = self.pooler(None if seen is None else seen.pooled, text.pooled)
         return Fused(seen, text, pooled)
+
+
+def take_turns(index: Tensor | None) -> list[Tensor | None]:
+    """Return the first and the second image of each row, [M] each, of an index [M, 2].
+
+    Raises:
+        ValueError: rows have another number of images.
+    """
+    number = 1 if index is None or index.dim() == 1 else index.shape[1]
+    if index is None or number != NUM_IMAGES:
+        raise ValueError(
+            f"model.fusion.images alternate gives a text {NUM_IMAGES} images, here it has {number}; set it to one"
+        )
+    return list(index.unbind(1))
