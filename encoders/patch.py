@@ -116,6 +116,11 @@ class PatchEncoder(nn.Module):
         return self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
 
     @property
+    def num_prefix(self) -> int:
+        """Tokens before the first patch: class and register tokens."""
+        return self.vit.num_prefix_tokens
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of an image's patches."""
         return self.vit.patch_embed.grid_size

@@ -5,16 +5,28 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from objectives.answer import AnswerConfig
+from objectives.classify import ClassifyConfig
 from objectives.itc import ItcConfig
 from objectives.itm import ItmConfig
 from objectives.lm import LmConfig
 from objectives.mlm import MlmConfig
 from objectives.mrm import MrmConfig
 from objectives.rank import RankConfig
+from objectives.seq2seq_mlm import Seq2SeqMlmConfig
 from objectives.sigmoid import SigmoidConfig
 from objectives.wra import WraConfig
 
 ObjectiveConfig: TypeAlias = Annotated[
-    ItcConfig | SigmoidConfig | ItmConfig | MlmConfig | LmConfig | AnswerConfig | RankConfig | WraConfig | MrmConfig,
+    ItcConfig
+    | SigmoidConfig
+    | ItmConfig
+    | MlmConfig
+    | LmConfig
+    | AnswerConfig
+    | RankConfig
+    | WraConfig
+    | MrmConfig
+    | Seq2SeqMlmConfig
+    | ClassifyConfig,
     Field(discriminator="kind"),
 ]

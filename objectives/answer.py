@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from encoders.types import Batch
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side
 from objectives.distill import DistillConfig
-from objectives.heads import MlpHead, ReluHead
+from objectives.heads import MlpHead, NormMlpHead, ReluHead
 
 
 class AnswerConfig(DistillConfig):
@@ -28,10 +28,11 @@ class AnswerConfig(DistillConfig):
     """The answers, in the order of the head's outputs; filled from the training data when empty."""
     loss: Literal["bce", "ce"] = "bce"
     """`bce`: one sigmoid an answer against its soft score. `ce`: softmax against the scores normalised to one."""
-    head: Literal["mlp", "relu"] = "mlp"
-    """`mlp`: linear, norm, GELU, linear (ViLT, METER, X-VLM). `relu`: linear, ReLU, linear (ALBEF, BLIP)."""
+    head: Literal["mlp", "norm_mlp", "relu"] = "mlp"
+    """`mlp`: linear, norm, GELU, linear (ViLT, METER, X-VLM). `norm_mlp`: a norm before these (BEiT-3 on NLVR2).
+    `relu`: linear, ReLU, linear (ALBEF, BLIP)."""
     hidden: int | None = None
-    """Width inside the head; None = that of pooled, twice that in `mlp`."""
+    """Width inside the head; None = that of pooled, twice that in `mlp` and `norm_mlp`."""
 
     trains_embed: ClassVar[bool] = False
     reads: ClassVar[frozenset[Side]] = frozenset({"pooled"})
@@ -57,7 +58,7 @@ class Answer(Objective):
     def __init__(self, config: AnswerConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        build = MlpHead if config.head == "mlp" else ReluHead
+        build = {"mlp": MlpHead, "norm_mlp": NormMlpHead, "relu": ReluHead}[config.head]
         self.head: nn.Module = build(width, len(config.answers), config.hidden)
         self.needs = frozenset({Fuse()})
         self.teaches_head = config.distill > 0

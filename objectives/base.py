@@ -227,6 +227,10 @@ class ModelSpec:
     fusion_attention: tuple[AttentionKind, ...] = ()
     """Attention kinds of texts that the fusion can honour without leaking."""
     text_eps: float = 1e-12
+    image_tower_width: int = 0
+    """Width of the states of an image alone."""
+    image_prefix: int = 1
+    """Image tokens before the first patch (the class token)."""
     image_width: int | None = None
     """Width of the image states after fusion; None where the fusion gives none."""
     feature_projection: nn.Parameter | None = None
@@ -269,6 +273,8 @@ class Objective(nn.Module):
     """Whether the momentum teacher keeps a copy of it, ``results.teacher_heads[name]``."""
     name = ""
     """Its name in the model, which sets it."""
+    one_modality = False
+    """Whether it is meant for one modality alone, so that a model of it need not read the other."""
 
     def __init__(self) -> None:
         super().__init__()

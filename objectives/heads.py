@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,27 @@ class VocabularyHead(nn.Module):
         return self.decoder(self.norm(self.activation(self.dense(states))))
 
 
+WordHead: TypeAlias = Literal["bert", "linear"]
+"""What gives word scores: dense, activation, norm, words (BERT); or the words alone (BEiT-3)."""
+
+
+def word_head(kind: WordHead, width: int, vocabulary_size: int, tied: nn.Parameter | None, eps: float) -> nn.Module:
+    """Build a head of this kind, states [..., D] -> logits [..., V].
+
+    Raises:
+        ValueError: a linear head is to share words of another width.
+    """
+    if kind == "bert":
+        return VocabularyHead(width, vocabulary_size, tied, eps=eps)
+    head = nn.Linear(width, vocabulary_size)
+    initialise(head)
+    if tied is not None:
+        if tied.shape[1] != width:
+            raise ValueError(f"a linear head of width {width} cannot share words of width {tied.shape[1]}; use bert")
+        head.weight = tied
+    return head
+
+
 class MlpHead(nn.Sequential):
     """Linear, norm, GELU, Linear (ViLT's, METER's and X-VLM's task heads)."""
 
@@ -42,6 +65,13 @@ class MlpHead(nn.Sequential):
         hidden = hidden or 2 * width
         super().__init__(nn.Linear(width, hidden), nn.LayerNorm(hidden, eps), nn.GELU(), nn.Linear(hidden, outputs))
         initialise(self)
+
+
+class NormMlpHead(nn.Sequential):
+    """Norm, linear, norm, GELU, linear (BEiT-3's head for two images)."""
+
+    def __init__(self, width: int, outputs: int, hidden: int | None = None, eps: float = 1e-5) -> None:
+        super().__init__(nn.LayerNorm(width, eps), *MlpHead(width, outputs, hidden, eps))
 
 
 class ReluHead(nn.Sequential):

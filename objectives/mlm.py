@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from encoders.types import AttentionKind, Batch, Tokens, Vocabulary
 from objectives.base import Draw, Encode, Fuse, Fused, LossOutput, ModelSpec, Objective, Results, Side, ViewText
 from objectives.distill import DistillConfig, Taught, soft_cross_entropy
-from objectives.heads import VocabularyHead, labelled
+from objectives.heads import WordHead, labelled, word_head
 
 
 class MlmConfig(DistillConfig):
@@ -34,6 +34,8 @@ class MlmConfig(DistillConfig):
     """Mask all pieces of a word together."""
     tied: bool = True
     """The output words are the text encoder's word embedding."""
+    head: WordHead = "bert"
+    """What gives the word scores: BERT's prediction head, or one linear map (BEiT-3)."""
     alone: bool = False
     """Read the text without its image also where there is a fusion (VLMo's text stage, FLAVA's texts)."""
 
@@ -84,9 +86,8 @@ class Mlm(Objective):
         self.config, self.vocabulary_size = config, spec.vocabulary_size
         self.one_modality = config.alone
         self.fused = spec.fusion != "none" and not config.alone
-        self.head = VocabularyHead(
-            spec.text_width, spec.vocabulary_size, spec.word_embedding if config.tied else None, eps=spec.text_eps
-        )
+        tied = spec.word_embedding if config.tied else None
+        self.head = word_head(config.head, spec.text_width, spec.vocabulary_size, tied, spec.text_eps)
         self.states: Fuse | Encode = Fuse(text="masked") if self.fused else Encode("text", "masked")
         self.taught = replace(self.states, teacher=True) if config.distill else None
         self.teaches_head = self.taught is not None

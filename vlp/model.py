@@ -203,6 +203,8 @@ class Model(nn.Module):
             fusion=config.fusion.kind,
             fusion_attention=fusion.attention_kinds if fusion else (),
             text_eps=getattr(config.text, "eps", 1e-12),
+            image_tower_width=self._tower_width("image"),
+            image_prefix=getattr(self.vision, "num_prefix", 1),
             image_width=getattr(fusion, "image_width", None),
             feature_projection=getattr(self.vision, "feature_projection", None),
         )
@@ -213,7 +215,7 @@ class Model(nn.Module):
         needs = close(self.needs())  # a decoder may be the only reader of a fusion
         read = views(needs)
         for modality in MODALITIES:
-            if self.objectives and not read[modality]:
+            if self.objectives and not read[modality] and not any(one.one_modality for _, one in self._objectives()):
                 problems.append(
                     f"no objective of {sorted(self.objectives)} reads {modality}s; add itc, or itm with a fusion"
                 )

@@ -178,7 +178,7 @@ class Multiway(nn.Module):
         self.config, stack = config, config.stack
         if stack.norm != "pre":
             raise ValueError("model.fusion.norm post: multiway has its norms before each branch; set it to pre")
-        self.text_width = width = stack.width
+        self.text_width = self.image_width = width = stack.width
         self.image_project = nn.Linear(image_width, width) if image_width != width else nn.Identity()
         self.text_project = nn.Linear(text_width, width) if text_width != width else nn.Identity()
         self.modality = modality_table(width, config.images) if config.modality_embedding else None
