@@ -6,6 +6,7 @@ Shapes: T questions, A answers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from encoders.types import Batch
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side
 from objectives.distill import DistillConfig
-from objectives.heads import MlpHead, NormMlpHead, ReluHead
+from objectives.heads import GeluMlpHead, LinearHead, MlpHead, NormMlpHead, ReluHead
 
 
 class AnswerConfig(DistillConfig):
@@ -28,11 +29,12 @@ class AnswerConfig(DistillConfig):
     """The answers, in the order of the head's outputs; filled from the training data when empty."""
     loss: Literal["bce", "ce"] = "bce"
     """`bce`: one sigmoid an answer against its soft score. `ce`: softmax against the scores normalised to one."""
-    head: Literal["mlp", "norm_mlp", "relu"] = "mlp"
+    head: Literal["mlp", "norm_mlp", "gelu_mlp", "relu", "linear"] = "mlp"
     """`mlp`: linear, norm, GELU, linear (ViLT, METER, X-VLM). `norm_mlp`: a norm before these (BEiT-3 on NLVR2).
-    `relu`: linear, ReLU, linear (ALBEF, BLIP)."""
+    `gelu_mlp`: linear, GELU, norm, linear (UNITER, LXMERT). `relu`: linear, ReLU, linear (ALBEF, BLIP). `linear`: one
+    layer (UNITER on NLVR2)."""
     hidden: int | None = None
-    """Width inside the head; None = that of pooled, twice that in `mlp` and `norm_mlp`."""
+    """Width inside the head; None = twice that of pooled, of `relu` once."""
 
     trains_embed: ClassVar[bool] = False
     reads: ClassVar[frozenset[Side]] = frozenset({"pooled"})
@@ -52,18 +54,33 @@ class AnswerConfig(DistillConfig):
         return Answer(self, spec.pooled_width)
 
 
+HEADS: dict[str, Callable[[int, int, int | None], nn.Module]] = {
+    "mlp": MlpHead,
+    "norm_mlp": NormMlpHead,
+    "gelu_mlp": GeluMlpHead,
+    "relu": ReluHead,
+    "linear": LinearHead,
+}
+
+
 class Answer(Objective):
     """Classification head on the fused question. Reads ``batch.targets["answer_scores"]`` [T, A] in 0..1."""
 
     def __init__(self, config: AnswerConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        build = {"mlp": MlpHead, "norm_mlp": NormMlpHead, "relu": ReluHead}[config.head]
+        build = HEADS[config.head]
         self.head: nn.Module = build(width, len(config.answers), config.hidden)
         self.needs = frozenset({Fuse()})
         self.teaches_head = config.distill > 0
         if self.teaches_head:
             self.needs |= {Fuse(teacher=True)}
+
+    def count(self, batch: Batch) -> Tensor | float:
+        """Return the number of questions; under `ce` those that have an answer of the list."""
+        if self.config.loss == "bce":
+            return float(batch.num_texts)
+        return batch.targets["answer_scores"].any(1).sum()
 
     def chance(self, candidates: int) -> float | None:
         number = len(self.config.answers)
@@ -74,7 +91,7 @@ class Answer(Objective):
         return float(-number * (prior * prior.log() + (1 - prior) * (1 - prior).log()))
 
     def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
-        """Sum over answers (bce) or cross-entropy (ce), mean over questions."""
+        """Sum over answers (bce) or cross-entropy (ce), mean over questions; ce leaves out those without an answer."""
         logits = self.head(results[Fuse()].pooled).float()
         scores = batch.targets["answer_scores"].to(logits.dtype)
         target = scores
@@ -85,9 +102,11 @@ class Answer(Objective):
                 believed = results.teacher_head(self.name)(results[Fuse(teacher=True)].pooled).float()
                 target = target.lerp(self._probabilities(believed), share)
         if self.config.loss == "bce":
-            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1).mean()
+            loss = answer_terms(logits, target).sum(1).mean()
         else:
-            loss = F.cross_entropy(logits, target)
+            answered = scores.any(1)
+            terms = F.cross_entropy(logits, target, reduction="none")
+            loss = (terms * answered).sum() / answered.sum().clamp(min=1)
         best = scores.gather(1, logits.detach().argmax(1, keepdim=True))
         return LossOutput(loss, {"score": best.mean()})
 
@@ -97,3 +116,8 @@ class Answer(Objective):
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         return logits.sigmoid() if self.config.loss == "bce" else logits.softmax(1)
+
+
+def answer_terms(logits: Tensor, scores: Tensor) -> Tensor:
+    """Logits and soft scores [T, A] -> the loss of each answer, one sigmoid each, [T, A]."""
+    return F.binary_cross_entropy_with_logits(logits, scores, reduction="none")

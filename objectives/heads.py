@@ -74,6 +74,23 @@ class NormMlpHead(nn.Sequential):
         super().__init__(nn.LayerNorm(width, eps), *MlpHead(width, outputs, hidden, eps))
 
 
+class GeluMlpHead(nn.Sequential):
+    """Linear, GELU, norm, Linear (UNITER's, LXMERT's and VOLTA's task heads)."""
+
+    def __init__(self, width: int, outputs: int, hidden: int | None = None, eps: float = 1e-12) -> None:
+        hidden = hidden or 2 * width
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.LayerNorm(hidden, eps), nn.Linear(hidden, outputs))
+        initialise(self)
+
+
+class LinearHead(nn.Linear):
+    """One linear layer; there is nothing hidden."""
+
+    def __init__(self, width: int, outputs: int, hidden: int | None = None) -> None:
+        super().__init__(width, outputs)
+        initialise(self)
+
+
 class ReluHead(nn.Sequential):
     """Linear, ReLU, Linear (ALBEF's and BLIP's task heads)."""
 

@@ -125,7 +125,7 @@ class Rank(Objective):
         found = self._found(batch, scores, results.rows.get("rank"))
         scores = torch.cat([scores[:, :1], scores[:, 1:].masked_fill(~found, -torch.inf)], 1)
         if self.config.loss == "margin":
-            loss = margin_terms(scores, self.config.margin).mean()
+            loss = (margin_terms(scores, self.config.margin) * found).mean()
         else:
             loss = F.cross_entropy(scores, torch.zeros_like(scores[:, 0], dtype=torch.long))
         return LossOutput(loss, {"accuracy": (scores.detach().argmax(1) == 0).float().mean()})

@@ -33,7 +33,7 @@ from vlp.config import Config, Layer, build
 from vlp.data.loader import DataConfig
 from vlp.data.tokenizer import load_tokenizer
 from vlp.loaded import LazyTokenizer, Loaded
-from vlp.model import ModelConfig, build_model
+from vlp.model import Model, ModelConfig, build_model
 from vlp.recipes import lift
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ def load_foreign(
         model,
         {**renamed.state, **unknown},
         allow_missing=rules.allow_missing,
-        ignore=rules.ignore,
+        ignore=(*rules.ignore, *unread(model)),
     )
     notes = (f"family {family.name}", *(f"assumed: {one}" for one in recipe.assumed))
     left = tuple(f"{name} ({reason})" if reason else name for name, reason in renamed.ignored.items())
@@ -149,6 +149,14 @@ def load_foreign(
     if tokenizer is not None:
         words = words.model_copy(update={"source": str(tokenizer)})
     return Loaded(model, LazyTokenizer(words, beside), found, report)
+
+
+def unread(model: Model) -> tuple[str, ...]:
+    """Return patterns of the fusion's weights that a checkpoint may hold and the model has not, as nobody reads them."""
+    if model.fusion is None:
+        return ()
+    pooler = () if model.fusion.pooler is not None else ("pooler.*",)
+    return tuple(f"fusion.{part}" for part in (*getattr(model.fusion, "unread", ()), *pooler))
 
 
 def recognise(shapes: Shapes, config: Mapping[str, Any], path: Path) -> Family:
