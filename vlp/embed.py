@@ -31,6 +31,8 @@ class EmbedConfig(Config):
     """How pooled image vectors come into the space; `none` = they are in it (SigLIP, ALIGN)."""
     text: Projection = "linear"
     """How pooled text vectors come into the space."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on pooled vectors before they are projected: what regularises a space over frozen towers."""
     temperature: float = Field(0.07, gt=0)
     """Temperature at the start; learned as a log scale."""
     logit_bias: float | None = None
@@ -51,6 +53,7 @@ class EmbedSpace(nn.Module):
         self.width = config.width
         self.image = self._projection("image", config.image, image_width, config)
         self.text = self._projection("text", config.text, text_width, config)
+        self.drop = nn.Dropout(config.dropout)
         self.logit_scale = nn.Parameter(torch.full((1,), -math.log(config.temperature)))
         self.logit_bias = None if config.logit_bias is None else nn.Parameter(torch.full((1,), config.logit_bias))
 
@@ -69,6 +72,7 @@ class EmbedSpace(nn.Module):
 
     def forward(self, modality: Modality, pooled: Tensor) -> Tensor:
         """Pooled vectors [B or T, D] -> unit-norm vectors [B or T, E]."""
-        vectors = (self.image if modality == "image" else self.text)(pooled)
+        projection = self.image if modality == "image" else self.text
+        vectors = pooled if isinstance(projection, nn.Identity) else projection(self.drop(pooled))
         # Half precision would keep the norm, and with it every similarity, to three digits only.
         return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)

@@ -31,6 +31,7 @@ WEIGHT_FILES = (
     "model.pt",
 )
 CONFIG_FILES = ("config.json", "open_clip_config.json")
+PREPROCESSOR_FILE = "preprocessor_config.json"
 _STATE_KEYS = ("model", "state_dict", "module", "model_state_dict")
 """Where pickled checkpoints keep their weights."""
 
@@ -132,20 +133,26 @@ def find_weights(path: Path) -> Path:
 def read_settings(weights: Path) -> dict[str, Any]:
     """Return the config.json (or open_clip_config.json) beside the weights, {} if there is none.
 
+    A preprocessor_config.json beside it is its entry "preprocessor_config".
+
     Raises:
-        ValueError: it is no JSON mapping.
+        ValueError: one of them is no JSON mapping.
     """
-    for name in CONFIG_FILES:
-        path = weights.parent / name
-        if path.is_file():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, OSError) as error:
-                raise ValueError(f"cannot load {path}: it is no JSON ({error}); write or copy it again") from error
-            if not isinstance(found, dict):
-                raise ValueError(f"cannot load {path}: a mapping was expected, not {type(found).__name__}")
-            return found
-    return {}
+    files = [weights.parent / name for name in CONFIG_FILES]
+    found = next((_read_mapping(path) for path in files if path.is_file()), {})
+    if (path := weights.parent / PREPROCESSOR_FILE).is_file():
+        found["preprocessor_config"] = _read_mapping(path)
+    return found
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"cannot load {path}: it is no JSON ({error}); write or copy it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"cannot load {path}: a mapping was expected, not {type(found).__name__}")
+    return found
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -159,7 +166,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         except (OSError, SafetensorError, ValueError) as error:
-            raise ValueError(f"cannot load {path}: {_line(error)}; write or copy it again") from error
+            raise ValueError(f"cannot load {path}: {first_line(error)}; write or copy it again") from error
     return _named_tensors(_unpickle(path), path)
 
 
@@ -167,7 +174,7 @@ def _unpickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # torch raises whatever the damaged pickle makes its readers raise
-        raise ValueError(f"cannot load {path}: {_line(error)}; nothing of it was executed") from error
+        raise ValueError(f"cannot load {path}: {first_line(error)}; nothing of it was executed") from error
 
 
 def _is_zip(path: Path) -> bool:
@@ -193,7 +200,7 @@ def _is_state(content: Any) -> bool:
     return isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """An error's first line, cut: torch's messages are long."""
     return (next(iter(str(error).strip().splitlines()), "") or type(error).__name__)[:200]
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +12,19 @@ import torch
 from pydantic import Field
 
 from objectives import ObjectiveConfig
-from vlp.checkpoint.folder import MANIFEST, find_checkpoint, is_checkpoint, manifest_files
+from vlp.checkpoint.folder import is_checkpoint
 from vlp.checkpoint.foreign import (
-    CONFIG_FILES,
-    WEIGHT_FILES,
     Family,
     Shapes,
     find_weights,
+    first_line,
     read_settings,
     read_state,
     shapes_of,
 )
 from vlp.checkpoint.migrate import migrate
 from vlp.checkpoint.native import CONFIG, load_weights, read_config, read_weights
+from vlp.checkpoint.sources import TOKENIZER_FILES, local
 from vlp.config import Config, Layer, build
 from vlp.data.loader import DataConfig
 from vlp.data.tokenizer import load_tokenizer
@@ -37,9 +33,6 @@ from vlp.model import Model, ModelConfig, build_model
 from vlp.recipes import lift
 
 logger = logging.getLogger(__name__)
-
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
-LOADABLE = "give a checkpoint or run folder of vlp, an address of one (s3://...), or its id on the hub (owner/name)"
 
 
 class LoadedConfig(Config):
@@ -152,7 +145,7 @@ def load_foreign(
 
 
 def unread(model: Model) -> tuple[str, ...]:
-    """Return patterns of the fusion's weights that a checkpoint may hold and the model has not, as nobody reads them."""
+    """Return patterns of the fusion's weights that a checkpoint may hold and the model lacks, as nobody reads them."""
     if model.fusion is None:
         return ()
     pooler = () if model.fusion.pooler is not None else ("pooler.*",)
@@ -189,82 +182,12 @@ def read_loaded_config(folder: Path, over: Mapping[str, Any] | None = None) -> L
     return build(LoadedConfig, Layer(kept, source), Layer(over or {}, "settings="))
 
 
-@contextmanager
-def local(source: str) -> Iterator[Path]:
-    """Bring a source to this machine: a checkpoint folder of ours, or a foreign file or folder.
-
-    Copies of addresses are removed at the end.
-    """
-    path = Path(source)
-    if re.match(r"[a-z][a-z0-9+.-]*://", source):
-        with tempfile.TemporaryDirectory() as copy:
-            yield _fetch(source, Path(copy))
-    elif path.is_file():
-        if is_checkpoint(path.parent):
-            raise ValueError(f"cannot load {source}: {path.parent} is a checkpoint, give that")
-        yield path
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source) and not path.parent.is_dir():
-        yield _snapshot(source)
-    elif source.startswith(("open_clip:", "hf:")):
-        raise ValueError(f"cannot load {source}: vlp does not read models of this family; {LOADABLE}")
-    else:
-        foreign = [name for name in (*CONFIG_FILES, *WEIGHT_FILES) if (path / name).is_file()]
-        yield path if foreign and not is_checkpoint(path) else find_checkpoint(path)
-
-
-def _fetch(address: str, target: Path) -> Path:
-    """Copy the checkpoint at an address, or the newest of the run there, below ``target``."""
-    from fsspec.core import url_to_fs
-
-    try:
-        system, path = url_to_fs(address)
-        numbers = _numbers(system, f"{path}/checkpoints")
-        found = f"{path}/checkpoints/{max(numbers, key=int)}" if numbers else path
-        if whole := system.exists(f"{found}/{MANIFEST}"):
-            system.get(found, str(target / "copy"), recursive=True)
-    except (OSError, ImportError, ValueError) as error:
-        raise ValueError(f"cannot load {address}: {_line(error)}; check the address and the extra of fsspec") from error
-    if not whole:
-        raise ValueError(f"cannot load {address}: there is no {MANIFEST}; {LOADABLE}")
-    return target / "copy"
-
-
-def _numbers(system: Any, folder: str) -> list[str]:
-    """Names of a remote run's checkpoints."""
-    if not system.isdir(folder):
-        return []
-    names = (str(name).rstrip("/").rpartition("/")[2] for name in system.ls(folder, detail=False))
-    return [name for name in names if name.isdigit()]
-
-
-def _snapshot(source: str) -> Path:
-    """Download a checkpoint from the hub, or take it from the hub's cache."""
-    import huggingface_hub
-
-    name, _, revision = source.partition("@")
-    fetch = partial(huggingface_hub.snapshot_download, name, revision=revision or None)
-    try:
-        # The manifest comes first: it says what to fetch, and spares a model of another family the download.
-        folder = Path(fetch(allow_patterns=[MANIFEST]))
-        if not (folder / MANIFEST).is_file():
-            raise ValueError(f"cannot load {source}: the hub's model is of a format that vlp does not read; {LOADABLE}")
-        return Path(fetch(allow_patterns=[MANIFEST, *manifest_files(folder)]))
-    except OSError as error:
-        reason = f"no such folder, and the hub does not give it ({_line(error)})"
-        raise ValueError(f"cannot load {source}: {reason}; {LOADABLE}") from error
-
-
-def _line(error: Exception) -> str:
-    """An error's first line: libraries' messages are long."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
 def _device(device: str | torch.device) -> torch.device:
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"device {str(device)!r} cannot be used here: {_line(error)}; use cpu") from error
+        raise ValueError(f"device {str(device)!r} cannot be used here: {first_line(error)}; use cpu") from error
     return place
 
 

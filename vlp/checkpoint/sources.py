@@ -1,0 +1,111 @@
+"""Where checkpoints come from: files and folders, addresses that fsspec knows, ids on the hub."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vlp.checkpoint.folder import MANIFEST, find_checkpoint, is_checkpoint, manifest_files
+from vlp.checkpoint.foreign import CONFIG_FILES, WEIGHT_FILES, first_line
+
+LOADABLE = (
+    "give a checkpoint or run folder of vlp, a file or folder of a known family (vlp inspect), an address of one "
+    "(s3://...), or its id on the hub (owner/name)"
+)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+_SMALL = ("*.json", "*.txt", "*.model")
+"""Configs and tokenizers of foreign checkpoints on the hub."""
+
+
+@contextmanager
+def local(source: str) -> Iterator[Path]:
+    """Bring a source to this machine: a checkpoint folder of ours, or a foreign file or folder.
+
+    Copies of addresses are removed at the end.
+
+    Raises:
+        ValueError: there is nothing, or nothing that could be loaded; one line.
+    """
+    path = Path(source)
+    if re.match(r"[a-z][a-z0-9+.-]*://", source):
+        with tempfile.TemporaryDirectory() as copy:
+            yield _fetch(source, Path(copy))
+    elif path.is_file():
+        if is_checkpoint(path.parent):
+            raise ValueError(f"cannot load {source}: {path.parent} is a checkpoint, give that")
+        yield path
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source) and not path.parent.is_dir():
+        yield _snapshot(source)
+    else:
+        foreign = [name for name in (*CONFIG_FILES, *WEIGHT_FILES) if (path / name).is_file()]
+        yield path if foreign and not is_checkpoint(path) else find_checkpoint(path)
+
+
+def _fetch(address: str, target: Path) -> Path:
+    """Copy what lies at an address below ``target``: a file with the small files beside it, or a checkpoint folder."""
+    from fsspec.core import url_to_fs
+
+    try:
+        system, path = url_to_fs(address)
+        if system.isfile(path):
+            return _fetch_file(system, path, target)
+        numbers = _numbers(system, f"{path}/checkpoints")
+        found = f"{path}/checkpoints/{max(numbers, key=int)}" if numbers else path
+        names = _names(system, found)
+        if known := {MANIFEST, *WEIGHT_FILES} & set(names):
+            system.get(found, str(target / "copy"), recursive=MANIFEST in known)
+            for name in () if MANIFEST in known else names:
+                system.get(f"{found}/{name}", str(target / "copy" / name))
+    except (OSError, ImportError, ValueError) as error:
+        reason = first_line(error)
+        raise ValueError(f"cannot load {address}: {reason}; check the address and the extra of fsspec") from error
+    if not known:
+        raise ValueError(f"cannot load {address}: there is no {MANIFEST} and no known file of weights; {LOADABLE}")
+    return target / "copy"
+
+
+def _fetch_file(system: Any, path: str, target: Path) -> Path:
+    folder, _, name = path.rpartition("/")
+    beside = [one for one in _names(system, folder) if one in (*CONFIG_FILES, *TOKENIZER_FILES)]
+    for one in (name, *beside):
+        system.get(f"{folder}/{one}", str(target / one))
+    return target / name
+
+
+def _names(system: Any, folder: str) -> list[str]:
+    """Names of the files and folders directly in a remote folder."""
+    if not system.isdir(folder):
+        return []
+    return [str(name).rstrip("/").rpartition("/")[2] for name in system.ls(folder, detail=False)]
+
+
+def _numbers(system: Any, folder: str) -> list[str]:
+    """Names of a remote run's checkpoints."""
+    return [name for name in _names(system, folder) if name.isdigit()]
+
+
+def _snapshot(source: str) -> Path:
+    """Download a checkpoint from the hub, or take it from the hub's cache."""
+    import huggingface_hub
+
+    name, _, revision = source.partition("@")
+    fetch = partial(huggingface_hub.snapshot_download, name, revision=revision or None)
+    try:
+        # The manifest comes first: it says what to fetch.
+        folder = Path(fetch(allow_patterns=[MANIFEST]))
+        if (folder / MANIFEST).is_file():
+            return Path(fetch(allow_patterns=[MANIFEST, *manifest_files(folder)]))
+        # Of several formats of the same weights the safe one.
+        for weights in ("*.safetensors", "*.bin", "*.pth", "*.ckpt", "*.pt"):
+            folder = Path(fetch(allow_patterns=[*_SMALL, weights]))
+            if any(folder.glob(weights)):
+                return folder
+    except OSError as error:
+        reason = f"no such folder, and the hub does not give it ({first_line(error)})"
+        raise ValueError(f"cannot load {source}: {reason}; {LOADABLE}") from error
+    raise ValueError(f"cannot load {source}: the hub's repository holds no weights; {LOADABLE}")
