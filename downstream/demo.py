@@ -61,8 +61,8 @@ class DemoConfig(Config):
     """Pretraining recipe."""
     pretrain: int = Field(default=100_000, ge=256)
     """Samples of pretraining; the recipe's ramps are stretched with it."""
-    vqa: int = Field(default=48_000, ge=0)
-    """Samples of VQA finetuning, 0 = leave VQA out."""
+    vqa: int = Field(default=18_000, ge=0)
+    """Samples of VQA finetuning, images with eight questions each; 0 = leave VQA out."""
     captioning: int = Field(default=40_000, ge=0)
     """Samples of captioning finetuning, 0 = leave captioning out."""
     seed: int = 0
@@ -74,7 +74,7 @@ class DemoConfig(Config):
         """Return the config with the smoke test's budgets where that is asked for."""
         if not self.smoke:
             return self
-        return self.model_copy(update={"pretrain": 2048, "vqa": 1024, "captioning": 1024})
+        return self.model_copy(update={"pretrain": 2048, "vqa": 256, "captioning": 1024})
 
 
 def demo(config: DemoConfig, folder: Path, device: torch.device, *, command: str = "") -> Report:
