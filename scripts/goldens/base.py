@@ -7,7 +7,7 @@ README describes the files.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from encoders.types import Batch
 from objectives.base import Fuse, LossOutput, Pass, Replay, Results, Rows
 from vlp.checkpoint.foreign import WEIGHT_FILES, read_settings, read_state, shapes_of
 from vlp.checkpoint.load import recognise
+from vlp.checkpoint.native import aliases
 from vlp.loaded import Loaded
 from vlp.model import Model
 
@@ -131,6 +132,8 @@ class Adapter:
     """The authors' configuration, as ``vlp.load(config=)`` takes it."""
     settings: Callable[[Case], Mapping[str, Any]] = lambda case: {}
     """Our settings laid over it: how it is trained, which a checkpoint does not say."""
+    objectives: Callable[[Case], Iterable[str] | None] = lambda case: None
+    """The objectives whose losses were recorded; None: all that the recorded inputs suffice for."""
     ignored: Mapping[str, str] = field(default_factory=dict)
     """Recorded outputs that are nobody's contract: name -> why. Printed."""
     gradients: bool = True
@@ -170,43 +173,45 @@ def run_case(case: Case, adapter: Adapter) -> tuple[Ran, Verdict]:
     loaded = vlp.load(case.weights, config=adapter.config(case), settings=adapter.settings(case))
     model, verdict = loaded.model, Verdict(case.name)
     batch, draw = adapter.batch(case, loaded), Replay(adapter.draws(case))
+    wanted = adapter.objectives(case)
+    names = list(model.objectives) if wanted is None else list(wanted)
     with torch.no_grad():
         model.before_step()
     if case.gradients and adapter.gradients:
-        _compare_gradients(case, adapter, model, batch, draw, verdict)
+        _compare_gradients(case, adapter, model, batch, draw, names, verdict)
     with torch.no_grad():
-        results = _results(model, adapter.passes(case), batch, draw)
-        losses = model.losses(batch, draw) if model.objectives and _can_train(model, batch) else {}
+        results = _results(model, adapter.passes(case), batch, draw, names)
+        losses = model.losses(batch, draw, names) if names and _can_train(model, batch, names) else {}
         model.after_step()
         ran = Ran(case, loaded, batch, results, losses)
         _compare_outputs(ran, adapter, verdict)
     return ran, verdict
 
 
-def _can_train(model: Model, batch: Batch) -> bool:
+def _can_train(model: Model, batch: Batch, names: Sequence[str]) -> bool:
     try:
-        return bool(model.active(batch)) and _has_labels(model, batch)
+        return bool(model.active(batch, names)) and _has_labels(model, batch, names)
     except ValueError:
         return False
 
 
-def _has_labels(model: Model, batch: Batch) -> bool:
+def _has_labels(model: Model, batch: Batch, names: Sequence[str]) -> bool:
     """Whether the batch holds every view that the objectives need (an inference case does not)."""
     from vlp.passes import views
 
-    read = views(model.needs(model.active(batch)))
+    read = views(model.needs(model.active(batch, names)))
     return read["image"] <= batch.images.keys() and read["text"] <= batch.texts.keys()
 
 
-def _results(model: Model, passes: Iterable[Pass], batch: Batch, draw: Replay) -> Results:
+def _results(model: Model, passes: Iterable[Pass], batch: Batch, draw: Replay, names: Sequence[str]) -> Results:
     """Run the adapter's passes; those on drawn rows after the objectives said which."""
     passes = list(passes)
     drawn = {one.rows for one in passes if isinstance(one, Fuse) and one.rows is not None}
     rows: dict[str, Rows] = {}
     if drawn:
-        first = model.run([one for one in model.needs() if not isinstance(one, Fuse) and not _decodes(one)], batch)
-        for _, objective in model.objectives.items():
-            rows |= objective.rows(first, batch, draw)  # type: ignore[operator]
+        first = model.run([one for one in model.needs(names) if not isinstance(one, Fuse) and not _decodes(one)], batch)
+        for name in names:
+            rows |= model.objectives[name].rows(first, batch, draw)  # type: ignore[operator]
     return model.run(passes, batch, layers=True, rows=rows)
 
 
@@ -262,8 +267,18 @@ def compare(
         verdict.problems.append(f"{name}: {worst:.3g} x the tolerance (difference {float(difference.max()):.2g})")
 
 
+def _once_a_module(model: Model, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The student's weights for ``functional_call``: under one name for each module, all of those that share one.
+
+    Under several names of one module it would leave its last stand-in behind.
+    """
+    stored = {name: state[one] for names in aliases(model).values() for one in names if one in state for name in names}
+    places = {f"{path}.{name}" for path, part in model.named_modules() for name, _ in part.named_parameters("", False)}
+    return {name: stored[name] for name in places & stored.keys() if not name.startswith("teacher.")}
+
+
 def _compare_gradients(
-    case: Case, adapter: Adapter, model: Model, batch: Batch, draw: Replay, verdict: Verdict
+    case: Case, adapter: Adapter, model: Model, batch: Batch, draw: Replay, names: Sequence[str], verdict: Verdict
 ) -> None:
     """Gradients under the reference's own names: the renaming is part of the graph."""
     stored = read_state(case.weights)
@@ -273,10 +288,8 @@ def _compare_gradients(
         name: tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor
         for name, tensor in stored.items()
     }
-    ours = dict(model.named_parameters(remove_duplicate=False))
-    renamed = {name: one for name, one in family.rename(leaves).state.items() if name in ours}
-    trained = {name: one for name, one in renamed.items() if not name.startswith("teacher.")}
-    loss, _ = torch.func.functional_call(model, trained, (batch, draw))
+    trained = _once_a_module(model, family.rename(leaves).state)
+    loss, _ = torch.func.functional_call(model, trained, (batch, draw, None, names), tie_weights=False)
     loss.backward()
     for name, norm in case.gradients.items():
         if name not in leaves:

@@ -29,7 +29,7 @@ def _batch(case: Case, loaded: Loaded) -> Batch:
     rows = torch.arange(len(keep))
     targets = {"answer_scores": case.outputs["vqa_targets"]} if "vqa_targets" in case.outputs else {}
     if pair:
-        targets = {"relation": given["answers"]}
+        targets = {"answer_scores": torch.eye(2)[given["answers"]]}
     return Batch(
         images={"clean": Images(pixels)},
         texts=texts,
@@ -149,9 +149,9 @@ ADAPTERS: dict[str, Adapter] = {
     "vlmo_nlvr2": Adapter(
         _batch,
         lambda case: {
-            "nlvr2_logits": lambda ran: ran.head("relate", ran[Fuse()].pooled),
-            "nlvr2_labels": lambda ran: ran.batch.targets["relation"],
-            "loss_nlvr2": lambda ran: ran.loss("relate"),
+            "nlvr2_logits": lambda ran: ran.head("answer", ran[Fuse()].pooled),
+            "nlvr2_labels": lambda ran: ran.case.inputs["answers"],
+            "loss_nlvr2": lambda ran: ran.loss("answer"),
         },
         passes=lambda case: (Fuse(),),
     ),

@@ -58,6 +58,7 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         "layer_scale": 0.1 if "transformer.blocks.0.gamma_1" in shapes else None,
         "relative_positions": reach,
         "modality_embedding": True,
+        "pooler": "tanh" if "pooler.dense.weight" in shapes else "cls",
         "images": "each" if "nlvr2_classifier.0.weight" in shapes else "one",
     }
     branches = ["vl"] if "itc_vl_image_proj.fc.weight" in shapes else []
@@ -92,7 +93,8 @@ def _objectives(shapes: Shapes, pair_layers: int) -> dict[str, Any]:
     if _has(shapes, "vqa_classifier."):
         found["answer"] = {"answers": [f"answer {n}" for n in range(shapes["vqa_classifier.3.weight"][0])]}
     if _has(shapes, "nlvr2_classifier."):
-        found["relate"] = {"kind": "relate"}
+        hidden = shapes["nlvr2_classifier.0.weight"][0]
+        found["relate"] = {"kind": "answer", "answers": ["False", "True"], "loss": "ce", "hidden": hidden}
     return found
 
 
@@ -179,7 +181,7 @@ _RULES = (
     Rule(r"logit_scale", "embed.main.logit_scale", convert=lambda scale: scale.reshape(1)),
     Rule(r"logit_vl_scale", "embed.vl.logit_scale", convert=lambda scale: scale.reshape(1)),
     Rule(r"vqa_classifier\.(.+)", r"objectives.answer.head.\1"),
-    Rule(r"nlvr2_classifier\.(.+)", r"objectives.relate.head.\1"),
+    Rule(r"nlvr2_classifier\.(.+)", r"objectives.answer.head.\1"),
 )
 
 

@@ -1,0 +1,172 @@
+"""The cases of ViLT: the authors' and transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from encoders.types import Batch, Images, Texts
+from objectives.base import Fuse
+from scripts.goldens.base import Adapter, Case, Output, Ran
+from vlp.loaded import Loaded
+
+CLEAN, MASKED, PAIRS, RANKED = Fuse(), Fuse(text="masked"), Fuse(rows="itm"), Fuse(rows="rank")
+_LOSSES = {"loss_mlm": "mlm", "loss_itm": "itm", "loss_itm_wpa": "wra", "loss_irtr": "rank"}
+_LOSSES |= {"loss_vqa": "answer", "loss_nlvr2": "relate"}
+
+
+def pixels_of(given: Mapping[str, Tensor]) -> Tensor:
+    """The authors' images behind each other: own, second or false ones."""
+    names = ("image.0", "image_0.0", "image_1.0", "false_image_0.0")
+    return torch.cat([given[name] for name in names if name in given])
+
+
+def texts_of(given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Ids and mask of the authors' texts, false ones behind the own."""
+    prefixes = [prefix for prefix in ("text", "false_text_0", "false_text_1") if f"{prefix}_ids" in given]
+    ids, masks = (torch.cat([given[f"{prefix}_{part}"] for prefix in prefixes]) for part in ("ids", "masks"))
+    return ids, masks.bool()
+
+
+def index_of(given: Mapping[str, Tensor], texts: int) -> Tensor | None:
+    """Image of each text: a false text counts as another image's."""
+    own = torch.arange(len(given["text_ids"]))
+    if "image_1.0" in given:
+        return torch.stack([own, own + len(own)], 1)
+    false = [own.roll(-number) for number in range(1, texts // len(own))]
+    return torch.cat([own, *false]) if false or "false_image_0.0" in given else None
+
+
+def authors_batch(case: Case, loaded: Loaded, patch: int | None = None) -> Batch:
+    """The recorded inputs of a case of ViLT's or METER's authors; with ``patch`` images are zero at padding."""
+    given = case.inputs
+    ids, keep = texts_of(given)
+    pixels = pixels_of(given)
+    shown = None if patch is None else (pixels != 0).any(1)[:, ::patch, ::patch].flatten(1)
+    texts = {"clean": Texts(ids, keep)}
+    if "loss_mlm" in case.outputs:
+        texts["masked"] = Texts(given["text_ids_mlm"], keep, labels=given["text_labels_mlm"])
+    targets = {}
+    if "vqa_targets" in case.outputs:
+        targets["answer_scores"] = case.outputs["vqa_targets"]
+    if "answers" in given:
+        targets["answer_scores"] = torch.eye(2)[given["answers"]]
+    return Batch({"clean": Images(pixels, shown)}, texts, index_of(given, len(ids)), targets)
+
+
+def authors_draws(case: Case) -> dict[str, Tensor]:
+    """Which images are replaced by which, and the false texts of each image."""
+    own = torch.arange(len(case.inputs["text_ids"]))
+    if "loss_irtr" in case.outputs:
+        return {"rank.own": own, "rank.false": torch.stack([own + len(own), own + 2 * len(own)], 1).flatten()}
+    if "replay.itm_perm" not in case.inputs:
+        return {}
+    return {"itm.replace": case.inputs["replay.itm_perm"] >= len(own) // 2, "itm.image": own + len(own)}
+
+
+def authors_passes(case: Case) -> list[Fuse]:
+    """What the recorded outputs are read from."""
+    found = {"mlm_logits": MASKED, "itm_logits": PAIRS, "score": RANKED}
+    return [one for name, one in found.items() if name in case.outputs] or [CLEAN]
+
+
+def authors_objectives(case: Case) -> list[str]:
+    """The objectives whose losses were recorded."""
+    return [name for output, name in _LOSSES.items() if output in case.outputs]
+
+
+def authors_settings(case: Case) -> dict[str, object]:
+    """As many false texts as were drawn."""
+    return {"objectives": {"rank": {"negatives": 2}}} if "loss_irtr" in case.outputs else {}
+
+
+HEADS: dict[str, Output] = {
+    "mlm_logits": lambda ran: ran.head("mlm", ran[MASKED].text.states),
+    "mlm_labels": lambda ran: ran.batch.texts["masked"].labels,
+    "mlm_ids": lambda ran: ran.batch.texts["masked"].ids,
+    "itm_logits": lambda ran: ran.head("itm", ran[PAIRS].pooled),
+    "itm_labels": lambda ran: (ran.results.rows["itm"].image_index < len(ran.batch.texts["clean"].ids)).float(),
+    "score": lambda ran: ran.head("rank", ran[RANKED].pooled),
+    "vqa_logits": lambda ran: ran.head("answer", ran[CLEAN].pooled),
+    "vqa_targets": lambda ran: ran.batch.targets["answer_scores"],
+    "nlvr2_logits": lambda ran: ran.head("relate", ran[CLEAN].pooled),
+    "nlvr2_labels": lambda ran: ran.batch.targets["answer_scores"].argmax(1),
+}
+"""Outputs of the heads and their labels, as ViLT's and METER's authors name them."""
+
+
+def _loss(name: str) -> Output:
+    return lambda ran: ran.loss(name)
+
+
+LOSSES: dict[str, Output] = {output: _loss(name) for output, name in _LOSSES.items()}
+
+
+def text_keep(case: Case) -> Tensor:
+    """[B, L] of the texts."""
+    return case.inputs["text_masks" if "text_masks" in case.inputs else "attention_mask"].bool()
+
+
+# ViLT takes the patches that hold image in their order, then draws some at padding; here all stay where they are.
+
+
+def _chosen(ran: Ran) -> Tensor:
+    """[B, 1 + P] positions of the reference's image tokens among ours."""
+    rows, columns = ran.case.outputs["patch_index"].unbind(-1)
+    width = ran.batch.images["clean"].pixels.shape[3] // ran.model.vision.vit.patch_embed.patch_size[1]
+    return torch.cat([torch.zeros_like(rows[:, :1]), 1 + rows * width + columns], 1)
+
+
+def _image(ran: Ran, states: Tensor) -> Tensor:
+    """Our image states in the reference's order."""
+    return states.take_along_dim(_chosen(ran)[..., None], 1)
+
+
+def _joint(ran: Ran, layer: int) -> Tensor:
+    """States of a layer, text first."""
+    fused = ran[CLEAN]
+    return torch.cat([fused.text.layers[layer], _image(ran, fused.image.layers[layer])], 1)
+
+
+def _infer_keep(case: Case) -> dict[str, Tensor]:
+    if "image_masks" not in case.outputs:
+        return {"mlm_logits": text_keep(case)} if "mlm_logits" in case.outputs else {}
+    text, image = text_keep(case), case.outputs["image_masks"].bool()
+    found = {"text_feats": text, "image_feats": image, "patch_index": image[:, 1:]}
+    return found | {f"block.{n}": torch.cat([text, image], 1) for n in range(3)}
+
+
+def _patch_index(ran: Ran) -> Tensor:
+    """Row and column of the patches at the chosen positions."""
+    pixels, patch = ran.batch.images["clean"].pixels, ran.model.vision.vit.patch_embed.patch_size[0]
+    rows, columns = (torch.arange(pixels.shape[axis] // patch) for axis in (2, 3))
+    every = torch.cartesian_prod(rows, columns)
+    return every[_chosen(ran)[:, 1:] - 1]
+
+
+_OUTPUTS: dict[str, Output] = {
+    "text_feats": lambda ran: ran[CLEAN].text.states,
+    "image_feats": lambda ran: _image(ran, ran[CLEAN].image.states),
+    "cls_feats": lambda ran: ran[CLEAN].pooled,
+    "raw_cls_feats": lambda ran: ran[CLEAN].text.states[:, 0],
+    "image_masks": lambda ran: ran[CLEAN].image.keep.take_along_dim(_chosen(ran), 1).long(),
+    "patch_index": _patch_index,
+    **{f"block.{n}": partial(_joint, layer=n + 1) for n in range(3)},
+    **HEADS,
+    **LOSSES,
+}
+
+ADAPTERS = {
+    r"vilt_(?!posembed).*": Adapter(
+        batch=lambda case, loaded: authors_batch(case, loaded, case.config["patch_size"]),
+        outputs=lambda case: _OUTPUTS,
+        passes=authors_passes,
+        keep=_infer_keep,
+        draws=authors_draws,
+        settings=authors_settings,
+        objectives=authors_objectives,
+    ),
+}
