@@ -35,9 +35,10 @@ class GenerationConfig(Config):
     """Texts kept at a time (beam)."""
     length_penalty: float = 1.0
     """A text's score is its log-probability over (words written) ** this; > 0 favours long texts (beam)."""
-    score_length: Literal["written", "all"] = "written"
+    score_length: Literal["written", "all", "whole"] = "written"
     """Which ids that length counts. `written`: words written, and the end. `all`: from the first id on, the prompt
-    included and the end not, as transformers 4.15 did for the captions that BLIP and ALBEF published (beam)."""
+    included and the end not, as transformers 4.15 did for the captions that BLIP and ALBEF published. `whole`: from the
+    first id to the end, where the search also goes on until no text could win (BEiT-3, OSCAR) (beam)."""
     early_stopping: bool = False
     """Stop as soon as `beams` texts have ended, also where another could still win (beam)."""
     min_length: int = Field(0, ge=0)
@@ -273,7 +274,7 @@ def _beam(stepper: Stepper, prompt: Tensor, config: GenerationConfig, eos: int, 
     """Beam search: ``running`` texts go on, others have ``ended``; both sorted by score, best first."""
     batch, first = prompt.shape
     beams, device, limit = config.beams, prompt.device, config.max_length
-    all_ids = config.score_length == "all"
+    all_ids, whole = config.score_length == "all", config.score_length == "whole"
     offset = torch.arange(batch, device=device)[:, None] * beams
     logits = stepper.step(prompt).repeat_interleave(beams, 0)
     stepper.reorder(torch.arange(batch, device=device).repeat_interleave(beams))
@@ -290,14 +291,21 @@ def _beam(stepper: Stepper, prompt: Tensor, config: GenerationConfig, eos: int, 
         beam, word = at // step.shape[1], at % step.shape[1]
         texts = torch.cat([_rows(running, beam), word[:, :, None]], 2)  # [B, 2K, L + 1]
         length = texts.shape[2]
-        weight = (length - 1 if all_ids else length - first) ** config.length_penalty
+        counted = {"all": length - 1, "written": length - first, "whole": length}[config.score_length]
+        weight = counted**config.length_penalty
         ending = word == eos if all_ids else (word == eos) | (length == limit)
         ends = ending & going[:, None]
-        ends[:, beams:] = False  # the second half are only there to go on
+        if whole:  # what ends counts as long as there are not enough better ones that go on
+            ends &= (~ending).cumsum(1) < beams
+        else:
+            ends[:, beams:] = False  # the second half are only there to go on
         ended.add(texts, best / weight, ends)
         scores, kept = torch.where(ending, NEVER, best).topk(beams)
         running = _rows(texts, kept)
-        going = going & ~ended.beaten((best if all_ids else scores)[:, 0] / weight)
+        if whole:
+            going = going & (ended.scores[:, 0] < best[:, 0] / limit**config.length_penalty)
+        else:
+            going = going & ~ended.beaten((best if all_ids else scores)[:, 0] / weight)
         if config.early_stopping:
             going = going & ~ended.full
         if length == limit or not bool(going.any()):
