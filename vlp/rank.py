@@ -61,5 +61,5 @@ def rank_answers(
     scores = -text_losses(writer.head, states, texts, writer.config.label_smoothing).unflatten(0, (rows, k))
     if first_twice:
         scores = scores + first_scores
-    scores, order = scores.sort(1, descending=True, stable=True)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
     return chosen.gather(1, order), scores
