@@ -41,14 +41,22 @@ WordHead: TypeAlias = Literal["bert", "linear"]
 """What gives word scores: dense, activation, norm, words (BERT); or the words alone (BEiT-3)."""
 
 
-def word_head(kind: WordHead, width: int, vocabulary_size: int, tied: nn.Parameter | None, eps: float) -> nn.Module:
+def word_head(
+    kind: WordHead,
+    width: int,
+    vocabulary_size: int,
+    tied: nn.Parameter | None,
+    eps: float,
+    *,
+    activation: Activation = "gelu",
+) -> nn.Module:
     """Build a head of this kind, states [..., D] -> logits [..., V].
 
     Raises:
         ValueError: a linear head is to share words of another width.
     """
     if kind == "bert":
-        return VocabularyHead(width, vocabulary_size, tied, eps=eps)
+        return VocabularyHead(width, vocabulary_size, tied, activation=activation, eps=eps)
     head = nn.Linear(width, vocabulary_size)
     initialise(head)
     if tied is not None:

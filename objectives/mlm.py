@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encoders.layers import Activation
 from encoders.types import AttentionKind, Batch, Tokens, Vocabulary
 from objectives.base import Draw, Encode, Fuse, Fused, LossOutput, ModelSpec, Objective, Results, Side, ViewText
 from objectives.distill import DistillConfig, Taught, soft_cross_entropy
@@ -36,6 +37,10 @@ class MlmConfig(DistillConfig):
     """The output words are the text encoder's word embedding."""
     head: WordHead = "bert"
     """What gives the word scores: BERT's prediction head, or one linear map (BEiT-3)."""
+    activation: Activation = "gelu"
+    """Activation inside BERT's prediction head."""
+    eps: float | None = None
+    """Epsilon of the norm inside BERT's prediction head; none = the text encoder's."""
     alone: bool = False
     """Read the text without its image also where there is a fusion (VLMo's text stage, FLAVA's texts)."""
 
@@ -87,7 +92,10 @@ class Mlm(Objective):
         self.one_modality = config.alone
         self.fused = spec.fusion != "none" and not config.alone
         tied = spec.word_embedding if config.tied else None
-        self.head = word_head(config.head, spec.text_width, spec.vocabulary_size, tied, spec.text_eps)
+        eps = spec.text_eps if config.eps is None else config.eps
+        self.head = word_head(
+            config.head, spec.text_width, spec.vocabulary_size, tied, eps, activation=config.activation
+        )
         self.states: Fuse | Encode = Fuse(text="masked") if self.fused else Encode("text", "masked")
         self.taught = replace(self.states, teacher=True) if config.distill else None
         self.teaches_head = self.taught is not None
