@@ -5,12 +5,14 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from objectives.answer import AnswerConfig
+from objectives.assign import AssignConfig
 from objectives.classify import ClassifyConfig
 from objectives.itc import ItcConfig
 from objectives.itm import ItmConfig
 from objectives.lm import LmConfig
 from objectives.mlm import MlmConfig
 from objectives.mrm import MrmConfig
+from objectives.pair_attention import PairAttentionConfig
 from objectives.rank import RankConfig
 from objectives.seq2seq_mlm import Seq2SeqMlmConfig
 from objectives.sigmoid import SigmoidConfig
@@ -23,9 +25,11 @@ ObjectiveConfig: TypeAlias = Annotated[
     | MlmConfig
     | LmConfig
     | AnswerConfig
+    | AssignConfig
     | RankConfig
     | WraConfig
     | MrmConfig
+    | PairAttentionConfig
     | Seq2SeqMlmConfig
     | ClassifyConfig,
     Field(discriminator="kind"),

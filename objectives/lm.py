@@ -40,6 +40,8 @@ class LmConfig(DistillConfig):
     mean: Literal["words", "texts"] = "words"
     """`words`: over all words. `texts`: a text's words are summed and times its weight, over what the texts belong to:
     questions, or images (ALBEF's and BLIP's VQA)."""
+    first_word: Literal["once", "twice"] = "once"
+    """How often a candidate's first word counts where given answers are ranked (ALBEF, X-VLM: twice)."""
 
     trains_embed: ClassVar[bool] = False
 
@@ -113,17 +115,23 @@ class Lm(Objective):
 
     def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
         """Cross-entropy of the next word, mean over the words or over what the texts belong to."""
+        if self.config.mean == "texts":
+            losses, weight = self.losses(results, batch), batch.texts[self.config.view].weight
+            return LossOutput((losses if weight is None else losses * weight).sum() / self._owners(batch))
         text, states = batch.texts[self.config.view], results[self.written].states
         assert text.labels is not None
-        taught = None
+        smoothing, taught = self.config.label_smoothing, self._taught(results, batch)
+        return word_loss(self.head, states, text.labels, text.label_at, smoothing, taught)
+
+    def losses(self, results: Results, batch: Batch) -> Tensor:
+        """Return each text's loss before its weight, summed over its words, [T]."""
+        text, states = batch.texts[self.config.view], results[self.written].states
+        return text_losses(self.head, states, text, self.config.label_smoothing, self._taught(results, batch))
+
+    def _taught(self, results: Results, batch: Batch) -> Taught | None:
         if share := self.config.share(batch.seen):
-            taught = Taught(results.teacher_head(self.name), results[self.taught].states, share)
-        if self.config.mean == "words":
-            return word_loss(self.head, states, text.labels, text.label_at, self.config.label_smoothing, taught)
-        losses = text_losses(self.head, states, text, self.config.label_smoothing, taught)
-        if text.weight is not None:
-            losses = losses * text.weight
-        return LossOutput(losses.sum() / self._owners(batch))
+            return Taught(results.teacher_head(self.name), results[self.taught].states, share)
+        return None
 
 
 def text_losses(

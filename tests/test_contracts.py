@@ -20,7 +20,16 @@ from transformers import BertConfig, DistilBertConfig
 
 from encoders import HfTextConfig, PatchConfig, TextConfig
 from encoders.types import Batch, Images, Texts, Tokens
-from objectives import AnswerConfig, ItcConfig, ItmConfig, LmConfig, MlmConfig, ObjectiveConfig, SigmoidConfig
+from objectives import (
+    AnswerConfig,
+    AssignConfig,
+    ItcConfig,
+    ItmConfig,
+    LmConfig,
+    MlmConfig,
+    ObjectiveConfig,
+    SigmoidConfig,
+)
 from objectives.base import Decode, Draw, Encode, Fuse, Fused, Side
 from vlp.decoder import DecoderConfig
 from vlp.fusion.dual import DualStreamConfig
@@ -82,6 +91,7 @@ OBJECTIVES: dict[str, dict[str, ObjectiveConfig]] = {
     "answer, bce": {"answer": AnswerConfig(answers=("yes", "no", "maybe"))},
     "lm, distilled": {"lm": LmConfig(memory="fused", mean="texts", distill=0.4)},
     "answer, distilled": {"answer": AnswerConfig(answers=("yes", "no"), loss="ce", head="relu", distill=0.4)},
+    "assign": {"assign": AssignConfig()},
     "answer, ce": {"answer": AnswerConfig(answers=("yes", "no"), loss="ce")},
 }
 
@@ -109,7 +119,7 @@ def check_gradients(module: nn.Module, outputs: list[Tensor]) -> None:
 
 
 def check_complete(module: nn.Module) -> None:
-    learned = [(n, p) for n, p in module.named_parameters() if not n.startswith("teacher.")]
+    learned = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     missing = [n for n, p in learned if p.grad is None or not p.grad.abs().sum() > 0]
     assert not missing, f"no gradient for {missing}"
     assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)

@@ -25,7 +25,7 @@ def rank_answers(
     k: int,
     *,
     objective: str | None = None,
-    first_twice: bool = False,
+    first_twice: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rank a list of answers for each row of ``memory`` with a model's decoder.
 
@@ -36,7 +36,8 @@ def rank_answers(
         answers: [A, L] a causal view with labels: each begins with bos.
         k: answers whose first word is likeliest, which are scored as a whole.
         objective: name of the objective whose head scores; needed where there are several of kind lm.
-        first_twice: count the first word's log-probability once more, as ALBEF's ranking does.
+        first_twice: count the first word's log-probability once more, as ALBEF's ranking does; None: as the objective's
+            `first_word` says.
 
     Returns:
         The rows of ``answers`` [B, K], best first, and their scores [B, K]: minus the sum of their words' losses.
@@ -59,7 +60,12 @@ def rank_answers(
     index = torch.arange(rows, device=taken.device).repeat_interleave(k)
     states = decoder(texts, memory, index).states  # [B x K, L, D]
     scores = -text_losses(writer.head, states, texts, writer.config.label_smoothing).unflatten(0, (rows, k))
-    if first_twice:
+    if first_twice or (first_twice is None and writer.config.first_word == "twice"):
         scores = scores + first_scores
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return chosen.gather(1, order), scores
+
+
+def share_probability(scores: Tensor) -> Tensor:
+    """Scores [B, K] of ranked answers -> their probabilities among these K, [B, K]."""
+    return scores.softmax(1)

@@ -46,6 +46,8 @@ class Teacher(nn.Module):
         self.decoder: Any = parts.get("decoder")
         self.embed: Any = parts.get("embed")
         self.heads = nn.ModuleDict(copied["heads"])
+        for space in [] if self.embed is None else self.embed.values():
+            space.logit_scale = space.logit_bias = None  # the temperature is the student's business
         self.teacher = None
         self._bare = {"image": model.is_tower("image"), "text": model.is_tower("text")}
         self.requires_grad_(False)
@@ -61,7 +63,7 @@ class Teacher(nn.Module):
         return found
 
     def new_results(self) -> Results:
-        """Return empty results; the temperature is the student's business."""
+        """Return empty results, without a temperature."""
         return Results()
 
     @torch.no_grad()

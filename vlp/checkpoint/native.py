@@ -191,7 +191,8 @@ def load_weights(
     targets = model.state_dict()
     vision = getattr(getattr(model, "vision", None), "config", None)
     method: PositionResize = getattr(vision, "position_resize", "bicubic_antialias")
-    skip = _matching(state, ignore)
+    # A momentum teacher may hold parts that this model's teacher has no use for, or have no student here.
+    skip = _matching(state, ignore) | {name for name in state if name.startswith("teacher.") and name not in targets}
     given = {name: tensor for name, tensor in state.items() if name not in skip}
     filled: dict[str, Tensor] = {}
     resized, missing, problems = [], [], []
