@@ -46,9 +46,7 @@ class MrmConfig(Config):
     kind: Literal["mrm"] = "mrm"
     weight: float = 1.0
     """Weight of this loss in the sum."""
-    targets: dict[str, RegionTargetConfig] = Field(
-        default_factory=lambda: {"classes": RegionTargetConfig(outputs=1601)}
-    )
+    targets: dict[str, RegionTargetConfig] = Field(default_factory=dict)
     """What is predicted, by its name in ``Regions.targets``: "features" (without an entry the regions' own), "classes",
     "objects", "attributes"; "NAME_scores" [B, R] there weighs the terms of NAME (LXMERT: the detector's confidence)."""
     text: Literal["clean", "masked"] = "clean"
@@ -66,8 +64,12 @@ class MrmConfig(Config):
         """Build the objective.
 
         Raises:
-            ValueError: the fusion gives no image states, or there is nothing to tie a head to.
+            ValueError: there is no target, the fusion gives no image states, or there is nothing to tie a head to.
         """
+        if not self.targets:
+            raise ValueError(
+                "objectives.mrm.targets is empty; name what is to be predicted, as {classes: {outputs: 1601}}"
+            )
         if spec.image_width is None:
             raise ValueError(
                 f"objective mrm needs fused image states, which model.fusion.kind {spec.fusion} does not give; use "
