@@ -66,12 +66,12 @@ class Case:
 
     @cached_property
     def gradients(self) -> dict[str, float]:
-        """L2 norm of the loss's gradient of each of the reference's parameters, {} if none was recorded."""
+        """L2 norm of the loss's gradient of each of the reference's parameters (0 = none), {} if none was recorded."""
         path = self.folder / "grad_norms.json"
         found = json.loads(path.read_text()) if path.is_file() else {}
         coverage = self.meta.get("parameter_coverage", {})
         skip = {*coverage.get("no_effect", ()), *coverage.get("shift_invariant", ())}
-        return {name: norm for name, norm in found.items() if name not in skip}
+        return {name: norm or 0.0 for name, norm in found.items() if name not in skip}
 
     @cached_property
     def weights(self) -> Path:

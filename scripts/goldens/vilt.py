@@ -49,7 +49,7 @@ def authors_batch(case: Case, loaded: Loaded, patch: int | None = None) -> Batch
     texts = {"clean": Texts(ids, keep)}
     if "loss_mlm" in case.outputs:
         texts["masked"] = Texts(given["text_ids_mlm"], keep, labels=given["text_labels_mlm"])
-    targets = {}
+    targets: dict[str, Tensor] = {}
     if "vqa_targets" in case.outputs:
         targets["answer_scores"] = case.outputs["vqa_targets"]
     if "answers" in given:
@@ -85,7 +85,7 @@ def authors_settings(case: Case) -> dict[str, object]:
 
 HEADS: dict[str, Output] = {
     "mlm_logits": lambda ran: ran.head("mlm", ran[MASKED].text.states),
-    "mlm_labels": lambda ran: ran.batch.texts["masked"].labels,
+    "mlm_labels": lambda ran: ran.case.inputs["text_labels_mlm"],
     "mlm_ids": lambda ran: ran.batch.texts["masked"].ids,
     "itm_logits": lambda ran: ran.head("itm", ran[PAIRS].pooled),
     "itm_labels": lambda ran: (ran.results.rows["itm"].image_index < len(ran.batch.texts["clean"].ids)).float(),
@@ -116,8 +116,13 @@ def text_keep(case: Case) -> Tensor:
 def _chosen(ran: Ran) -> Tensor:
     """[B, 1 + P] positions of the reference's image tokens among ours."""
     rows, columns = ran.case.outputs["patch_index"].unbind(-1)
-    width = ran.batch.images["clean"].pixels.shape[3] // ran.model.vision.vit.patch_embed.patch_size[1]
-    return torch.cat([torch.zeros_like(rows[:, :1]), 1 + rows * width + columns], 1)
+    return torch.cat([torch.zeros_like(rows[:, :1]), 1 + rows * _grid(ran)[1] + columns], 1)
+
+
+def _grid(ran: Ran) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    height, width = pixels_of(ran.case.inputs).shape[2:]
+    return height // ran.case.config["patch_size"], width // ran.case.config["patch_size"]
 
 
 def _image(ran: Ran, states: Tensor) -> Tensor:
@@ -141,9 +146,7 @@ def _infer_keep(case: Case) -> dict[str, Tensor]:
 
 def _patch_index(ran: Ran) -> Tensor:
     """Row and column of the patches at the chosen positions."""
-    pixels, patch = ran.batch.images["clean"].pixels, ran.model.vision.vit.patch_embed.patch_size[0]
-    rows, columns = (torch.arange(pixels.shape[axis] // patch) for axis in (2, 3))
-    every = torch.cartesian_prod(rows, columns)
+    every = torch.cartesian_prod(*(torch.arange(size) for size in _grid(ran)))
     return every[_chosen(ran)[:, 1:] - 1]
 
 

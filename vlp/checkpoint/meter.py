@@ -1,0 +1,187 @@
+"""METER (Dou et al. 2022) as its authors save it: CLIP's ViT, RoBERTa or BERT, and co-attention; all its tasks.
+
+Sizes come from the weights. The heads of the fusion are ``config["num_heads"]``, those of CLIP's tower
+``config["vision_heads"]`` and those of the text tower ``config["text_heads"]``, else width / 64 as published.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from vlp.checkpoint.bert_stack import CROSS, LAYER
+from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
+from vlp.checkpoint.names import Pair, added_axes, blocks
+from vlp.checkpoint.vilt import (
+    HEADS,
+    head_objectives,
+    heads_left_out,
+    num_heads,
+    rename_read,
+    swap_modalities,
+    text_names,
+)
+
+_VISUAL, _TEXT, _CROSS = "vit_model.visual.", "text_transformer.", "cross_modal_{side}_layers."
+
+
+def _recognise(shapes: Shapes, config: Mapping[str, Any]) -> bool:
+    return "cross_modal_text_transform.weight" in shapes and any(name.startswith("vit_model.") for name in shapes)
+
+
+def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
+    if f"{_VISUAL}class_embedding" not in shapes:
+        raise ValueError("METER checkpoint: its vision tower is not CLIP's ViT; METER with Swin is not read")
+    assumed: list[str] = []
+    width, memory = shapes["cross_modal_text_transform.weight"]
+    vision, side = _vision(shapes, config, assumed)
+    roberta = _is_roberta(shapes, config)
+    length = _positions(shapes) - (2 if roberta else 0)
+    tree = {
+        "model": {
+            "vision": vision,
+            "text": {
+                "width": memory,
+                "layers": count_layers(shapes, rf"{_TEXT}encoder\.layer\.(\d+)\."),
+                "heads": _heads(config, "text_heads", memory, assumed),
+                "hidden": shapes[f"{_TEXT}encoder.layer.0.intermediate.dense.weight"][0],
+                "vocabulary_size": shapes[f"{_TEXT}embeddings.word_embeddings.weight"][0],
+                "max_length": length,
+                "position_offset": 2 if roberta else 0,
+                "segments": shapes[f"{_TEXT}embeddings.token_type_embeddings.weight"][0],
+                "eps": 1e-5 if roberta else 1e-12,
+            },
+            "fusion": {
+                "kind": "dual_stream",
+                "attention": "co",
+                "width": width,
+                "layers": count_layers(shapes, r"cross_modal_text_layers\.(\d+)\."),
+                "heads": num_heads(config, width, assumed),
+                "hidden": shapes["cross_modal_text_layers.0.intermediate.dense.weight"][0],
+                "eps": 1e-12,
+                "project": True,
+                "modality_embedding": True,
+                "pooler": "concat",
+                "images": "each" if "nlvr2_classifier.0.weight" in shapes else "one",
+            },
+        },
+        "objectives": head_objectives(shapes, assumed, {"whole_word": False, "eps": 1e-12}),
+        "data": {
+            "max_length": min(50, length),
+            "tokenizer": {"source": "roberta-base" if roberta else "bert-base-uncased"},
+            "transform": {"image_size": side, "resampler": "pillow", "resize": "shortest"},
+        },
+    }
+    return Recipe(tree, tuple(assumed))
+
+
+def _vision(shapes: Shapes, config: Mapping[str, Any], assumed: list[str]) -> tuple[dict[str, Any], int]:
+    """CLIP's tower without its last block, whose last norm goes over all tokens; and the side of its images."""
+    width, _, patch, _ = shapes[f"{_VISUAL}conv1.weight"]
+    side = math.isqrt(shapes[f"{_VISUAL}positional_embedding"][0] - 1) * patch
+    hidden = shapes[f"{_VISUAL}transformer.resblocks.0.mlp.c_fc.weight"][0]
+    return clip_vision(
+        width=width,
+        layers=count_layers(shapes, rf"{_VISUAL}transformer\.resblocks\.(\d+)\."),
+        heads=_heads(config, "vision_heads", width, assumed),
+        hidden=hidden,
+        patch=patch,
+        side=side,
+    ), side
+
+
+def clip_vision(*, width: int, layers: int, heads: int, hidden: int, patch: int, side: int) -> dict[str, Any]:
+    """Return the recipe of OpenAI CLIP's ViT, all of whose tokens are read after the last norm."""
+    return {
+        "model": "vit_base_patch16_clip_quickgelu_224",
+        "image_size": side,
+        "patch_size": patch,
+        "width": width,
+        "depth": layers,
+        "heads": heads,
+        "arguments": {"mlp_ratio": hidden / width},
+        "position_resize": "bicubic",
+    }
+
+
+def clip_vision_names(theirs: str) -> tuple[Pair, ...]:
+    """Return the names of the blocks and norms of OpenAI CLIP's ViT, which begin with ``theirs``."""
+    return (
+        Pair(f"{theirs}ln_pre.{{p}}", "vision.vit.norm_pre.{p}"),
+        *blocks(
+            f"{theirs}transformer.resblocks.{{n}}.",
+            "vision.vit.blocks.{n}.",
+            {
+                "ln_1": "norm1",
+                "attn.in_proj_{p}": "attn.qkv.{p}",
+                "attn.out_proj": "attn.proj",
+                "ln_2": "norm2",
+                "mlp.c_fc": "mlp.fc1",
+                "mlp.c_proj": "mlp.fc2",
+            },
+        ),
+        Pair(f"{theirs}ln_post.{{p}}", "vision.vit.norm.{p}"),
+    )
+
+
+def _positions(shapes: Shapes) -> int:
+    return shapes[f"{_TEXT}embeddings.position_embeddings.weight"][0]
+
+
+def _heads(config: Mapping[str, Any], name: str, width: int, assumed: list[str]) -> int:
+    if name not in config:
+        assumed.append(f"{name} {max(1, width // 64)}")
+    return int(config.get(name, max(1, width // 64)))
+
+
+def _is_roberta(shapes: Shapes, config: Mapping[str, Any]) -> bool:
+    """By the tokenizer's name, else as only BERT has a second segment."""
+    if "tokenizer" in config:
+        return "roberta" in str(config["tokenizer"])
+    return shapes[f"{_TEXT}embeddings.token_type_embeddings.weight"][0] == 1
+
+
+def cross_names(prefix: str = "") -> tuple[Pair, ...]:
+    """Return the names of METER's and BridgeTower's co-attention, which begin with ``prefix``."""
+    text, image = (prefix + _CROSS.format(side=side) + "{n}." for side in ("text", "image"))
+    return (
+        Pair(f"{prefix}token_type_embeddings.weight", "fusion.modality.weight", swap_modalities, swap_modalities),
+        *blocks(text, "fusion.blocks.{n}.", LAYER | CROSS),
+        *blocks(image, "fusion.image_blocks.{n}.", LAYER | CROSS),
+        Pair(f"{prefix}cross_modal_text_pooler.dense.{{p}}", "fusion.pooler.text.{p}"),
+        Pair(f"{prefix}cross_modal_image_pooler.dense.{{p}}", "fusion.pooler.image.{p}"),
+    )
+
+
+_NAMES = (
+    *text_names(f"{_TEXT}embeddings."),
+    *blocks(f"{_TEXT}encoder.layer.{{n}}.", "text.blocks.{n}.", LAYER),
+    Pair(f"{_VISUAL}class_embedding", "vision.vit.cls_token", **added_axes(2)),
+    Pair(f"{_VISUAL}positional_embedding", "vision.vit.pos_embed", **added_axes(1)),
+    Pair(f"{_VISUAL}conv1.weight", "vision.vit.patch_embed.proj.weight"),
+    *clip_vision_names(_VISUAL),
+    Pair("cross_modal_text_transform.{p}", "fusion.text_project.{p}"),
+    Pair("cross_modal_image_transform.{p}", "fusion.image_project.{p}"),
+    *cross_names(),
+    *HEADS,
+)
+_IGNORED = {
+    r"text_transformer\.embeddings\.position_ids": "counted",
+    r"text_transformer\.pooler\..+": "not used by METER",
+    r"vit_model\.(?!visual\.).+": "CLIP's text tower, not used by METER",
+    r"vit_model\.visual\.proj": "CLIP's projection, not used by METER",
+}
+
+
+def last_image_layer(state: State, prefix: str = "") -> str:
+    """Return the pattern of what only the pooled vector reads: the last image layer and the poolers."""
+    last = count_layers(dict.fromkeys(state, ()), rf"{prefix}cross_modal_image_layers\.(\d+)\.") - 1
+    return rf"{prefix}(cross_modal_image_layers\.{last}\.|cross_modal_(text|image)_pooler\.).+"
+
+
+def _rename(state: State) -> Renamed:
+    return rename_read(_NAMES, state, _IGNORED | heads_left_out(state, last_image_layer(state)))
+
+
+FAMILY = Family("METER", _recognise, _recipe, _rename)
