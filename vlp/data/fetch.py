@@ -133,7 +133,9 @@ class Fetch(Dataset[Fetched]):
                     text.encode()
             except UnicodeEncodeError as error:
                 raise BadSample(sample.key, f"text is not Unicode: {error.reason}") from error
-            examples.append(replace(one, image_id=image_identity(raw, sample)) if one.image_id is None else one)
+            if one.image_id is None and not examples:  # the first one's counts
+                one = replace(one, image_id=image_identity(raw, sample))
+            examples.append(one)
         return examples
 
     def _read(self, position: int, index: int) -> tuple[RawSample, list[Sample]]:

@@ -144,6 +144,30 @@ def test_several_images_per_text(tokenizer):
     assert len(ids) == 6 and ids[:2] == ids[4:] and len(set(ids)) == 4
 
 
+def test_several_texts_per_image(tokenizer):
+    texts, positions = ["a b c d e f g h", "a b", "c d e f g h i j", "c"], [4, 4, 6, 6]
+    examples = [example(t, f"k{p}") for t, p in zip(texts, positions)]
+    batch = collate(examples, positions, tokenizer, VIEWS, 16, 0)
+    assert batch.images["clean"].pixels.shape == (2, 3, 4, 4) and batch.num_texts == 4
+    assert batch.image_of_text.tolist() == [0, 0, 1, 1] and batch.position.tolist() == [4, 6]
+    assert batch.image_id.tolist() == [stable_hash("k4"), stable_hash("k6")]
+    assert batch.caption_id.tolist() == [caption_hash(t) for t in texts]
+    # The first text of a position is masked as if it were alone, the others as their number says, whatever the batch.
+    alone = [collate([examples[i]], [positions[i]], tokenizer, VIEWS, 16, 0).texts["masked"] for i in range(4)]
+    pair = collate(examples[2:], [6, 6], tokenizer, VIEWS, 16, 0).texts["masked"]
+    masked = batch.texts["masked"]
+    for row, same in ((0, alone[0].ids[0]), (2, alone[2].ids[0]), (2, pair.ids[0]), (3, pair.ids[1])):
+        kept = masked.ids[row][masked.keep[row]]
+        assert kept.tolist() == same[: len(kept)].tolist()
+    long = collate([example("a b c d e f g h i j k l")] * 2, [3, 3], tokenizer, VIEWS, 16, 0).texts["masked"].ids
+    assert not torch.equal(long[0], long[1])
+
+
+def test_several_texts_of_two_images(tokenizer):
+    batch = collate([example("a", "x", 2), example("b", "x", 2), example("c", "y", 2)], [4, 4, 5], tokenizer, {}, 8, 0)
+    assert batch.image_of_text.tolist() == [[0, 1], [0, 1], [2, 3]] and batch.num_images == 4
+
+
 def test_texts_alone(tokenizer):
     batch = collate([example("a", images=0)], [0], tokenizer, {}, 8, 0)
     assert batch.images == {} and batch.image_id is None and batch.image_of_text is None and batch.num_texts == 1

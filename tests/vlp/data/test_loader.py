@@ -265,6 +265,96 @@ def answer_example(sample, generator):
     return Example(sample.key, sample.images, "w1")
 
 
+@dataclass
+class QuestionReader(MemoryReader):
+    """Five questions each about three images; the fourth image has one."""
+
+    size: int = 16
+
+    def __getitem__(self, index):
+        image = index % 3 if index < 15 else 3
+        data = b"broken" if image in self.bad else IMAGES[image]
+        return RawSample(f"q{index}", "memory", {"png": data}, {"image_id": image}, (f"w{index}",))
+
+
+def words(batch, tokenizer):
+    """Each text of a batch, image by image."""
+    texts = [tokenizer.decode(ids.tolist()) for ids in batch.texts["clean"].ids]
+    return [[t for t, i in zip(texts, batch.image_of_text.tolist(), strict=True) if i == n] for n in range(4)]
+
+
+def test_samples_of_a_group_are_texts_of_one_image(tokenizer):
+    data = config(group="image_id", texts_per_image=3)
+    loader = make(tokenizer, QuestionReader(), data=data, global_batch=4)
+    assert loader.order.size == 4
+    seen = set()
+    for (batch,) in loader.steps(0, 80):
+        assert batch.num_images == 4 and batch.num_texts == 12 and batch.counts is None
+        assert sorted(batch.image_id.tolist()) == sorted(stable_hash(str(i)) for i in range(4))
+        for image, texts in zip(batch.image_id.tolist(), words(batch, tokenizer), strict=True):
+            own = next(i for i in range(4) if stable_hash(str(i)) == image)
+            numbers = [int(text.removeprefix("w")) for text in texts]
+            assert all((n % 3 if n < 15 else 3) == own for n in numbers)
+            assert len(set(numbers)) == (1 if own == 3 else 3)  # repeated only where there are too few
+            seen |= set(numbers)
+    assert seen == set(range(16))
+
+
+def test_captions_of_a_sample_are_texts_of_one_image(tokenizer):
+    (batch,) = next(iter(make(tokenizer, data=config(texts_per_image=2)).steps(0, 8)))
+    assert batch.num_images == 8 and batch.num_texts == 16
+    captions = batch.caption_id.view(8, 2)
+    assert (captions[:, 0] != captions[:, 1]).all()  # both captions, in either order
+    assert len(set(captions.flatten().tolist())) == 16
+
+
+def test_several_texts_do_not_depend_on_ranks_or_workers(tokenizer):
+    def run(**options):
+        data = config(group="image_id", texts_per_image=3, workers=options.pop("workers", 0))
+        return list(make(tokenizer, QuestionReader(), data=data, **options).steps(0, 13))
+
+    def texts(steps):
+        return [
+            row.tolist()
+            for batches in steps
+            for b in batches
+            for row in b.texts["masked"].ids.view(b.num_images, 3, -1)
+        ]
+
+    one, ranks = run(), [run(rank=r, world=2, workers=r) for r in range(2)]
+    joined = [row for steps in zip(*ranks, strict=True) for row in texts(steps)]
+    assert joined == texts(one)
+    # Thirteen images are eight and five: the last step's ranks differ, in images and in texts.
+    assert [steps[-1][0].counts for steps in ranks] == [((3, 9), (2, 6))] * 2
+    assert [steps[-1][0].position.tolist() for steps in ranks] == [[8, 9, 10], [11, 12]]
+
+
+def test_a_bad_image_is_replaced_with_all_its_texts(tokenizer):
+    data = config(group="image_id", texts_per_image=2, bad_samples=1.0)
+    loader = make(tokenizer, QuestionReader(bad=(1,)), data=data, global_batch=4)
+    (batch,) = next(iter(loader.steps(0, 4)))
+    assert batch.num_texts == 8 and stable_hash("1") not in batch.image_id.tolist()
+    assert len(loader.bad) == 1
+
+
+def test_mistakes_in_grouping(tokenizer):
+    with pytest.raises(ValueError, match=r"data\.group 'scene': no sample has such a field"):
+        make(tokenizer, QuestionReader(), data=config(group="scene"))
+    loader = make(tokenizer, prepare=pair_example, data=config(texts_per_image=2), reader=PairReader())
+    with pytest.raises(ValueError, match="texts_per_image 2 shares one image, but sample 'k0' has 2; set it to 1"):
+        next(iter(loader.steps(0, 8)))
+
+
+@dataclass
+class PairReader(MemoryReader):
+    """Two images a sample."""
+
+    size: int = 1
+
+    def __getitem__(self, index):
+        return RawSample("k0", "memory", {"0.png": IMAGES[0], "1.png": IMAGES[1]}, {}, ("w1", "w2"))
+
+
 def test_image_identity():
     raw = RawSample("7", "t", {"png": IMAGES[0]}, {}, ("w1",))
     other = RawSample("8", "t", {"png": IMAGES[0]}, {}, ("w2",))
