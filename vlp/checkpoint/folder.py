@@ -147,8 +147,9 @@ def check_whole(folder: Path, verify: bool = False) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds a checkpoint, whole or torn."""
-    return any((folder / name).is_file() for name in (MANIFEST, "model.safetensors"))
+    """Return whether a folder holds a checkpoint of ours, whole or torn; a config.json is transformers'."""
+    foreign = (folder / "config.json").is_file()
+    return (folder / MANIFEST).is_file() or (not foreign and (folder / "model.safetensors").is_file())
 
 
 def checkpoint_folder(run: str | Path, seen: int) -> Path:
