@@ -111,8 +111,8 @@ ADAPTERS: dict[str, Adapter] = {
     "beit3_nlvr2": Adapter(
         _pair_batch,
         lambda case: {
-            "logits": lambda ran: ran.head("answer", ran[Fuse()].pooled),
-            "loss": lambda ran: ran.loss("answer"),
+            "logits": lambda ran: ran.head("relate", ran[Fuse()].pooled),
+            "loss": lambda ran: ran.loss("relate"),
         },
         passes=lambda case: (Fuse(),),
     ),

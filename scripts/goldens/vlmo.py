@@ -149,9 +149,9 @@ ADAPTERS: dict[str, Adapter] = {
     "vlmo_nlvr2": Adapter(
         _batch,
         lambda case: {
-            "nlvr2_logits": lambda ran: ran.head("answer", ran[Fuse()].pooled),
+            "nlvr2_logits": lambda ran: ran.head("relate", ran[Fuse()].pooled),
             "nlvr2_labels": lambda ran: ran.case.inputs["answers"],
-            "loss_nlvr2": lambda ran: ran.loss("answer"),
+            "loss_nlvr2": lambda ran: ran.loss("relate"),
         },
         passes=lambda case: (Fuse(),),
     ),

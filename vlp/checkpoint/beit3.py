@@ -89,7 +89,7 @@ def _task(shapes: Shapes) -> tuple[dict[str, Any], dict[str, Any]]:
     if "head.dense1.weight" in shapes:
         answer = {"answers": ["False", "True"], "loss": "ce", "head": "norm_mlp"}
         return (
-            {"answer": answer | {"hidden": shapes["head.dense1.weight"][0]}},
+            {"relate": {"kind": "answer"} | answer | {"hidden": shapes["head.dense1.weight"][0]}},
             {"pooler": "cls_both", "images": "each"},
         )
     if "fc_norm.weight" in shapes:
@@ -144,10 +144,10 @@ _RULES = (
     Rule(r"logit_scale", "embed.main.logit_scale", convert=lambda scale: scale.reshape(1)),
     Rule(r"pooler\.norm\.(.+)", r"fusion.pooler_norm.\1"),
     Rule(r"pooler\.dense\.(.+)", r"fusion.pooler.text.\1"),
-    Rule(r"head\.norm1\.(.+)", r"objectives.answer.head.0.\1"),
-    Rule(r"head\.dense1\.(.+)", r"objectives.answer.head.1.\1"),
-    Rule(r"head\.norm2\.(.+)", r"objectives.answer.head.2.\1"),
-    Rule(r"head\.dense2\.(.+)", r"objectives.answer.head.4.\1"),
+    Rule(r"head\.norm1\.(.+)", r"objectives.relate.head.0.\1"),
+    Rule(r"head\.dense1\.(.+)", r"objectives.relate.head.1.\1"),
+    Rule(r"head\.norm2\.(.+)", r"objectives.relate.head.2.\1"),
+    Rule(r"head\.dense2\.(.+)", r"objectives.relate.head.4.\1"),
     Rule(r"head\.(\d)\.(.+)", r"objectives.answer.head.\1.\2"),
     Rule(r"fc_norm\.(.+)", r"objectives.classify.norm.\1"),
     Rule(r"head\.(weight|bias)", r"objectives.classify.head.\1"),

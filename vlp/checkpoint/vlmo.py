@@ -181,7 +181,7 @@ _RULES = (
     Rule(r"logit_scale", "embed.main.logit_scale", convert=lambda scale: scale.reshape(1)),
     Rule(r"logit_vl_scale", "embed.vl.logit_scale", convert=lambda scale: scale.reshape(1)),
     Rule(r"vqa_classifier\.(.+)", r"objectives.answer.head.\1"),
-    Rule(r"nlvr2_classifier\.(.+)", r"objectives.answer.head.\1"),
+    Rule(r"nlvr2_classifier\.(.+)", r"objectives.relate.head.\1"),
 )
 
 
