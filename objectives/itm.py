@@ -34,6 +34,8 @@ class ItmConfig(Config):
     """`both`: each pair with one false image and one false text (ALBEF). `replace_image`: each pair's image is replaced
     with probability 0.5 (UNITER, ViLT, METER). `given`: the data have false pairs, too, and ``targets["match"]`` [T]
     says which are true (VisualBERT, ViLBERT, LXMERT)."""
+    masked: bool = False
+    """Read given pairs with the words and regions hidden that other objectives hide (ViLBERT, LXMERT)."""
     candidates: Literal["microbatch"] = "microbatch"
     """Where negatives come from: the batch that one rank runs at a time."""
     exclude: Positives = "id_or_caption"
@@ -76,7 +78,8 @@ class Itm(Objective):
         self.head = nn.Linear(width, 2)
         initialise(self)
         self.given = config.scheme == "given"
-        self.needs = frozenset({Fuse() if self.given else Fuse(rows="itm")})
+        self.pairs = Fuse("masked", "masked") if config.masked else Fuse()
+        self.needs = frozenset({self.pairs if self.given else Fuse(rows="itm")})
         if config.scheme == "both":
             self.needs |= {Fuse()}
         if hard and not self.given:
@@ -140,7 +143,7 @@ class Itm(Objective):
     def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
         """Cross-entropy of match against no match, mean over all rows; a row that found no negative has no loss."""
         if self.given:
-            logits = self.head(results[Fuse()].pooled)
+            logits = self.head(results[self.pairs].pooled)
             loss, right = match_terms(logits, batch.targets["match"].long())
             return LossOutput(loss.mean(), {"accuracy": right.mean()})
         drawn: Rows = results.rows["itm"]

@@ -43,6 +43,8 @@ class MlmConfig(DistillConfig):
     """Epsilon of the norm inside BERT's prediction head; none = the text encoder's."""
     alone: bool = False
     """Read the text without its image also where there is a fusion (VLMo's text stage, FLAVA's texts)."""
+    image: Literal["clean", "masked"] = "clean"
+    """The image beside it: the whole one, or that with hidden regions (ViLBERT, LXMERT)."""
 
     trains_embed: ClassVar[bool] = False
     reads: ClassVar[frozenset[Side]] = frozenset({"text"})
@@ -96,7 +98,7 @@ class Mlm(Objective):
         self.head = word_head(
             config.head, spec.text_width, spec.vocabulary_size, tied, eps, activation=config.activation
         )
-        self.states: Fuse | Encode = Fuse(text="masked") if self.fused else Encode("text", "masked")
+        self.states: Fuse | Encode = Fuse(config.image, "masked") if self.fused else Encode("text", "masked")
         self.taught = replace(self.states, teacher=True) if config.distill else None
         self.teaches_head = self.taught is not None
         self.needs = frozenset({one for one in (self.states, self.taught) if one is not None})

@@ -272,7 +272,8 @@ def _once_a_module(model: Model, state: Mapping[str, Tensor]) -> dict[str, Tenso
 
     Under several names of one module it would leave its last stand-in behind.
     """
-    stored = {name: state[one] for names in aliases(model).values() for one in names if one in state for name in names}
+    shared = [names for names in aliases(model).values() if any(one in state for one in names)]
+    stored = {name: state[next(one for one in names if one in state)] for names in shared for name in names}
     places = {f"{path}.{name}" for path, part in model.named_modules() for name, _ in part.named_parameters("", False)}
     return {name: stored[name] for name in places & stored.keys() if not name.startswith("teacher.")}
 
