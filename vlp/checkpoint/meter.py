@@ -6,22 +6,15 @@ Sizes come from the weights. The heads of the fusion are ``config["num_heads"]``
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from vlp.checkpoint.bert_stack import CROSS, LAYER
+from vlp.checkpoint.bert_stack import CROSS, LAYER, embeddings
+from vlp.checkpoint.clip import IMAGE_BLOCK, TOWER, image_pairs, patch_tower
 from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
-from vlp.checkpoint.names import Pair, added_axes, blocks
-from vlp.checkpoint.vilt import (
-    HEADS,
-    head_objectives,
-    heads_left_out,
-    num_heads,
-    rename_read,
-    swap_modalities,
-    text_names,
-)
+from vlp.checkpoint.names import Pair, blocks
+from vlp.checkpoint.vilt import HEADS, head_objectives, heads_left_out, num_heads, rename_read, swap_modalities
+from vlp.data.presets import meter_clip
 
 _VISUAL, _TEXT, _CROSS = "vit_model.visual.", "text_transformer.", "cross_modal_{side}_layers."
 
@@ -35,7 +28,7 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         raise ValueError("METER checkpoint: its vision tower is not CLIP's ViT; METER with Swin is not read")
     assumed: list[str] = []
     width, memory = shapes["cross_modal_text_transform.weight"]
-    vision, side = _vision(shapes, config, assumed)
+    vision = _vision(shapes, config, assumed)
     roberta = _is_roberta(shapes, config)
     length = _positions(shapes) - (2 if roberta else 0)
     tree = {
@@ -70,58 +63,40 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         "data": {
             "max_length": min(50, length),
             "tokenizer": {"source": "roberta-base" if roberta else "bert-base-uncased"},
-            "transform": {"image_size": side, "resampler": "pillow", "resize": "shortest"},
+            "transform": {"resampler": "pillow", "resize": "shortest"},
         },
     }
     return Recipe(tree, tuple(assumed))
 
 
-def _vision(shapes: Shapes, config: Mapping[str, Any], assumed: list[str]) -> tuple[dict[str, Any], int]:
-    """CLIP's tower without its last block, whose last norm goes over all tokens; and the side of its images."""
-    width, _, patch, _ = shapes[f"{_VISUAL}conv1.weight"]
-    side = math.isqrt(shapes[f"{_VISUAL}positional_embedding"][0] - 1) * patch
-    hidden = shapes[f"{_VISUAL}transformer.resblocks.0.mlp.c_fc.weight"][0]
-    return clip_vision(
-        width=width,
+def _vision(shapes: Shapes, config: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:
+    """CLIP's tower without its last block; the last norm goes over all tokens."""
+    return patch_tower(
+        shapes,
+        f"{_VISUAL}conv1.weight",
+        f"{_VISUAL}positional_embedding",
         layers=count_layers(shapes, rf"{_VISUAL}transformer\.resblocks\.(\d+)\."),
-        heads=_heads(config, "vision_heads", width, assumed),
-        hidden=hidden,
-        patch=patch,
-        side=side,
-    ), side
+        heads=_heads(config, "vision_heads", shapes[f"{_VISUAL}class_embedding"][0], assumed),
+        hidden=shapes[f"{_VISUAL}transformer.resblocks.0.mlp.c_fc.weight"][0],
+        activation="quick_gelu",
+        eps=1e-5,
+        preset=meter_clip(),
+    )
 
 
-def clip_vision(*, width: int, layers: int, heads: int, hidden: int, patch: int, side: int) -> dict[str, Any]:
-    """Return the recipe of OpenAI CLIP's ViT, all of whose tokens are read after the last norm."""
-    return {
-        "model": "vit_base_patch16_clip_quickgelu_224",
-        "image_size": side,
-        "patch_size": patch,
-        "width": width,
-        "depth": layers,
-        "heads": heads,
-        "arguments": {"mlp_ratio": hidden / width},
-        "position_resize": "bicubic",
-    }
-
-
-def clip_vision_names(theirs: str) -> tuple[Pair, ...]:
-    """Return the names of the blocks and norms of OpenAI CLIP's ViT, which begin with ``theirs``."""
-    return (
-        Pair(f"{theirs}ln_pre.{{p}}", "vision.vit.norm_pre.{p}"),
-        *blocks(
-            f"{theirs}transformer.resblocks.{{n}}.",
-            "vision.vit.blocks.{n}.",
-            {
-                "ln_1": "norm1",
-                "attn.in_proj_{p}": "attn.qkv.{p}",
-                "attn.out_proj": "attn.proj",
-                "ln_2": "norm2",
-                "mlp.c_fc": "mlp.fc1",
-                "mlp.c_proj": "mlp.fc2",
-            },
-        ),
-        Pair(f"{theirs}ln_post.{{p}}", "vision.vit.norm.{p}"),
+def visual_blocks(theirs: str) -> tuple[Pair, ...]:
+    """Return the names of the blocks of OpenAI CLIP's ViT."""
+    return blocks(
+        f"{theirs}transformer.resblocks.{{n}}.",
+        IMAGE_BLOCK,
+        {
+            "ln_1": "norm1",
+            "attn.in_proj_{p}": "attn.qkv.{p}",
+            "attn.out_proj": "attn.proj",
+            "ln_2": "norm2",
+            "mlp.c_fc": "mlp.fc1",
+            "mlp.c_proj": "mlp.fc2",
+        },
     )
 
 
@@ -155,12 +130,11 @@ def cross_names(prefix: str = "") -> tuple[Pair, ...]:
 
 
 _NAMES = (
-    *text_names(f"{_TEXT}embeddings."),
+    *embeddings(_TEXT, "text."),
     *blocks(f"{_TEXT}encoder.layer.{{n}}.", "text.blocks.{n}.", LAYER),
-    Pair(f"{_VISUAL}class_embedding", "vision.vit.cls_token", **added_axes(2)),
-    Pair(f"{_VISUAL}positional_embedding", "vision.vit.pos_embed", **added_axes(1)),
-    Pair(f"{_VISUAL}conv1.weight", "vision.vit.patch_embed.proj.weight"),
-    *clip_vision_names(_VISUAL),
+    Pair(f"{_VISUAL}conv1.weight", TOWER + "patch_embed.proj.weight"),
+    *image_pairs(_VISUAL, "positional_embedding", "class_embedding", ("ln_pre", "ln_post")),
+    *visual_blocks(_VISUAL),
     Pair("cross_modal_text_transform.{p}", "fusion.text_project.{p}"),
     Pair("cross_modal_image_transform.{p}", "fusion.image_project.{p}"),
     *cross_names(),

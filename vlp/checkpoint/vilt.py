@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlp.checkpoint.bert_stack import embeddings
 from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
 from vlp.checkpoint.names import Pair, rename_pairs
 
@@ -98,7 +99,130 @@ def vilt_tree(
         "data": {
             "max_length": length,
             "tokenizer": {"source": "bert-base-uncased"},
-            "transform": {"image_size": side, **TRANSFORM},
+            "transform": dict(TRANSFORM),
+        },
+    }
+
+
+def num_heads(config: Mapping[str, Any], width: int, assumed: list[str]) -> int:
+    """Return the number of attention heads, the published width / 64 where ``num_heads`` is not given."""
+    if "num_heads" not in config:
+        assumed.append(f"num_heads {max(1, width // 64)}")
+    return int(config.get("num_heads", max(1, width // 64)))
+
+
+def head_objectives(shapes: Shapes, assumed: list[str], word_head: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the objectives whose heads a ViLT or METER file holds, with the published settings."""
+    found: dict[str, Any] = {}
+    if "mlm_score.bias" in shapes:
+        found["mlm"] = {"whole_word": True, "tied": False, **(word_head or {})}
+    if "rank_output.weight" in shapes:
+        found["rank"] = {}
+    elif "itm_score.fc.weight" in shapes:
+        found["itm"] = {"scheme": "replace_image", "exclude": "diagonal"}
+    if "vqa_classifier.3.weight" in shapes:
+        number = shapes["vqa_classifier.3.weight"][0]
+        assumed.append("answers are numbered, as the file does not name them; give settings objectives.answer.answers")
+        found["answer"] = {"answers": numbered(number), "hidden": shapes["vqa_classifier.0.weight"][0]}
+    for head, name, answers in (("nlvr2", "relate", RELATIONS), ("snli", "entail", ENTAILMENTS)):
+        if f"{head}_classifier.3.weight" in shapes:
+            hidden = shapes[f"{head}_classifier.0.weight"][0]
+            found[name] = {"kind": "answer", "answers": list(answers), "loss": "ce", "hidden": hidden}
+    return found
+
+
+def numbered(answers: int) -> list[str]:
+    """Return stand-ins for answers whose words are unknown."""
+    return [f"answer {number}" for number in range(answers)]
+
+
+def swap_modalities(rows: Tensor) -> Tensor:
+    """Text, image, second image -> image, text, second image, and back."""
+    return torch.cat([rows[1:2], rows[:1], rows[2:]])
+
+
+HEADS = ("itm_score", "rank_output", "vqa_classifier", "nlvr2_classifier", "snli_classifier")
+"""Heads of ViLT and METER that read the pooled vector."""
+RELATIONS = ("False", "True")
+"""NLVR2: whether the text is true of the two images."""
+ENTAILMENTS = ("contradiction", "neutral", "entailment")
+"""SNLI-VE."""
+TRANSFORM = {"resampler": "pillow", "resize": "shortest", "multiple": 32, "crop": "none"}
+"""Shorter side to the image size, longer side bounded, both multiples of 32."""
+
+
+def _recognise(shapes: Shapes, config: Mapping[str, Any]) -> bool:
+    return {"transformer.patch_embed.proj.weight", "transformer.blocks.0.mlp.fc1.weight"} <= shapes.keys() and (
+        "text_embeddings.word_embeddings.weight" in shapes
+    )
+
+
+def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
+    assumed: list[str] = []
+    width, _, patch, _ = shapes["transformer.patch_embed.proj.weight"]
+    heads = num_heads(config, width, assumed)
+    words, _ = shapes["text_embeddings.word_embeddings.weight"]
+    length, _ = shapes["text_embeddings.position_embeddings.weight"]
+    objectives = head_objectives(shapes, assumed)
+    if "itm" in objectives:
+        objectives["wra"] = {}
+    tree = vilt_tree(
+        width=width,
+        heads=heads,
+        layers=count_layers(shapes, r"transformer\.blocks\.(\d+)\."),
+        hidden=shapes["transformer.blocks.0.mlp.fc1.weight"][0],
+        patch=patch,
+        side=math.isqrt(shapes["transformer.pos_embed"][1] - 1) * patch,
+        words=words,
+        length=length,
+        segments=shapes["text_embeddings.token_type_embeddings.weight"][0],
+        pair="nlvr2_classifier.0.weight" in shapes,
+        fusion={"eps": 1e-6},
+        objectives=objectives,
+    )
+    return Recipe(tree, tuple(assumed))
+
+
+def vilt_tree(
+    *,
+    width: int,
+    heads: int,
+    layers: int,
+    hidden: int,
+    patch: int,
+    side: int,
+    words: int,
+    length: int,
+    segments: int,
+    pair: bool,
+    fusion: Mapping[str, Any],
+    objectives: Mapping[str, Any],
+    text: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the recipe of a ViLT; ``side`` is that of the square which the stored positions are of."""
+    vision = {"model": "vit_base_patch32_384", "image_size": side, "position_size": side, "patch_size": patch}
+    vision |= {"width": width, "heads": heads, "depth": 0, "position_resize": "bilinear_corners"}
+    stack = {"width": width, "heads": heads}
+    return {
+        "model": {
+            "vision": vision | {"mean": [0.5] * 3, "std": [0.5] * 3},
+            "text": stack
+            | {"layers": 0, "vocabulary_size": words, "max_length": length, "segments": segments, **(text or {})},
+            "fusion": {
+                "kind": "single_stream",
+                **stack,
+                "layers": layers,
+                "hidden": hidden,
+                "norm": "pre",
+                "images": "each" if pair else "one",
+                **fusion,
+            },
+        },
+        "objectives": dict(objectives),
+        "data": {
+            "max_length": length,
+            "tokenizer": {"source": "bert-base-uncased"},
+            "transform": dict(TRANSFORM),
         },
     }
 
@@ -164,7 +288,7 @@ HEADS = (
 """Names of the heads that ViLT and METER share."""
 _BLOCK, _OURS = "transformer.blocks.{n}.", "fusion.blocks.{n}."
 _NAMES = (
-    *text_names("text_embeddings."),
+    *embeddings("text_", "text."),
     Pair("token_type_embeddings.weight", "fusion.modality.weight", swap_modalities, swap_modalities),
     Pair("transformer.cls_token", "vision.vit.cls_token"),
     Pair("transformer.pos_embed", "vision.vit.pos_embed"),
