@@ -140,8 +140,8 @@ class Reference:
             block = f"transformer.blocks.{n}."
             w = self.w
             qkv = F.linear(self.norm(x, f"{block}norm1"), w[f"{block}attn.qkv.weight"])
-            q, k, v = (one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in (qkv + torch.cat(
-                [w[f"{block}attn.q_bias"], torch.zeros(x.shape[2]), w[f"{block}attn.v_bias"]])).chunk(3, -1))  # fmt: skip
+            qkv = qkv + torch.cat([w[f"{block}attn.q_bias"], torch.zeros(x.shape[2]), w[f"{block}attn.v_bias"]])
+            q, k, v = (one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in qkv.chunk(3, -1))
             score = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
             score = score + (bias[n * heads : (n + 1) * heads] if isinstance(bias, Tensor) else 0.0)
             mixed = score.masked_fill(~keep[:, None, None], -torch.inf).softmax(-1) @ v
