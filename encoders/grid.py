@@ -60,7 +60,8 @@ class GridEncoder(nn.Module):
 
     def __init__(self, config: GridConfig) -> None:
         super().__init__()
-        self.body: Any = _create(config, pretrained=False)  # timm's attributes are untyped
+        # Channels last is how convolutions run fastest, on CPU and GPU. timm's attributes are untyped.
+        self.body: Any = _create(config, pretrained=False).to(memory_format=torch.channels_last)
         native = self.body.pretrained_cfg
         self.config = config.model_copy(
             update={"mean": config.mean or tuple(native["mean"]), "std": config.std or tuple(native["std"])}
@@ -104,6 +105,7 @@ class GridEncoder(nn.Module):
         pixels = images.pixels
         if not pixels.is_floating_point():
             pixels = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         every: tuple[Tensor, ...] | None = None
         if layers:
             found, stages = self.body.forward_intermediates(pixels, output_fmt="NCHW")
