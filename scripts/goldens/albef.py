@@ -19,7 +19,7 @@ IMAGE, TEXT = Encode("image"), Encode("text")
 TAUGHT_IMAGE = Encode("image", teacher=True)
 MASKED, TAUGHT_MASKED = Fuse(text="masked"), Fuse(text="masked", teacher=True)
 FALSE = Fuse(rows="itm")
-WRITTEN = Decode(Fuse(), "lm:answer")
+WRITTEN, TAUGHT_WRITTEN = Decode(Fuse(), "lm:answer"), Decode(Fuse(), "lm:answer", teacher=True)
 FEATURES = {
     "image_feat": Embed("image"),
     "text_feat": Embed("text"),
@@ -212,7 +212,7 @@ VQA = Adapter(
         "answer_loss": answer_losses,
         "loss": lambda ran: ran.loss("lm"),
     },
-    lambda case: [IMAGE, Fuse(), WRITTEN],
+    lambda case: [IMAGE, Fuse(), WRITTEN, *([TAUGHT_WRITTEN] if case.config["distill"] else [])],
     lambda case: {
         "question_states": case.inputs["question.attention_mask"].bool(),
         "answer_logits": case.inputs["answer.attention_mask"].bool(),
