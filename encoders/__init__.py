@@ -6,9 +6,12 @@ from pydantic import Field
 
 from encoders.grid import GridConfig
 from encoders.hf_text import HfTextConfig
+from encoders.hf_vision import HfVisionConfig
 from encoders.patch import PatchConfig
 from encoders.region import RegionConfig
 from encoders.text import TextConfig
 
-VisionConfig: TypeAlias = Annotated[PatchConfig | GridConfig | RegionConfig, Field(discriminator="kind")]
+VisionConfig: TypeAlias = Annotated[
+    PatchConfig | GridConfig | RegionConfig | HfVisionConfig, Field(discriminator="kind")
+]
 AnyTextConfig: TypeAlias = Annotated[TextConfig | HfTextConfig, Field(discriminator="kind")]

@@ -5,13 +5,14 @@ Shapes: T texts, L length, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from encoders.text import StackConfig, pool
+from encoders.text import Pool, StackConfig, pool
 from encoders.types import Texts, Tokens
 from vlp.config import Config
 
@@ -26,8 +27,10 @@ class HfTextConfig(Config):
     """Start from its weights (else from its sizes only)."""
     architecture: dict[str, Any] = Field(default_factory=dict)
     """The values of its config.json; filled when the model is built, so that a checkpoint needs no other folder."""
-    pool: Literal["cls", "last", "mean"] = "cls"
-    """`pooled`: the first token's state, the last real token's, or the mean of the real ones."""
+    pool: Pool = "cls"
+    """`pooled`: the state of one token, or the mean of the real ones."""
+    eos: int | None = None
+    """Id whose first place `pool: eos` reads."""
 
     def build(self) -> HfTextEncoder:
         """Build the encoder with random weights."""
@@ -44,12 +47,11 @@ class HfTextEncoder(nn.Module):
     bare = False
 
     def __init__(self, config: HfTextConfig) -> None:
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoConfig
 
         super().__init__()
         if config.architecture:
-            values = dict(config.architecture)
-            theirs = AutoConfig.for_model(values.pop("model_type"), **values)
+            theirs = config_of(config.architecture)
         else:
             try:
                 theirs = AutoConfig.from_pretrained(config.model)
@@ -59,10 +61,10 @@ class HfTextEncoder(nn.Module):
         self.config = config.model_copy(
             update={"architecture": theirs.to_diff_dict() | {"model_type": theirs.model_type}}
         )
-        self.model: Any = AutoModel.from_config(theirs, dtype=torch.float32)
+        self.model: Any = model_of(theirs)
         if getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None  # nobody reads it, and it would have no gradient
-        self.width: int = theirs.hidden_size
+        self.width: int = getattr(theirs, "project_dim", None) or theirs.hidden_size  # AltCLIP's states are projected
 
     @property
     def stack(self) -> StackConfig:
@@ -107,6 +109,47 @@ class HfTextEncoder(nn.Module):
             **{name: value for name, value in given.items() if value is not None},
         )
         states = found.last_hidden_state
-        return Tokens(
-            states, texts.keep, pool(states, texts, self.config.pool), found.hidden_states if layers else None
-        )
+        pooled = pool(states, texts, self.config.pool, self.config.eos)
+        return Tokens(states, texts.keep, pooled, found.hidden_states if layers else None)
+
+
+def config_of(architecture: Mapping[str, Any]) -> Any:
+    """Build a config of transformers from the values of a config.json, whoever wrote it.
+
+    Entries that choose code instead of sizes are left out: attention kernels may come from the hub.
+
+    Raises:
+        ValueError: transformers does not know the kind of model, or refuses a value.
+    """
+    from transformers import AutoConfig
+
+    values = {
+        name: value
+        for name, value in architecture.items()
+        if not name.startswith("_") and name not in ("attn_implementation", "auto_map", "quantization_config", "dtype")
+    }
+    try:
+        return AutoConfig.for_model(values.pop("model_type", "none"), **values)
+    except Exception as error:  # validators of transformers raise errors of many kinds
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"transformers cannot build a config of {architecture.get('model_type')!r}: {reason}"
+        ) from error
+
+
+def model_of(config: Any) -> Any:
+    """Build the model of a config of transformers: AutoModel's, else the class that is called as the config is.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import transformers
+
+    name = type(config).__name__.replace("Config", "Model")
+    try:
+        return transformers.AutoModel.from_config(config, dtype=torch.float32)
+    except ValueError as error:
+        model = getattr(transformers, name, None)  # towers such as AltCLIPTextModel are not registered
+        if model is None:
+            raise ValueError(f"transformers has no model for a {config.model_type!r} config") from error
+        return model(config)

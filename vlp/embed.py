@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from encoders.layers import initialise
 from encoders.types import Modality
+from objectives.itc import similarities
 from vlp.config import Config
 
 Projection = Literal["linear", "none"]
@@ -31,6 +32,8 @@ class EmbedConfig(Config):
     """How pooled image vectors come into the space; `none` = they are in it (SigLIP, ALIGN)."""
     text: Projection = "linear"
     """How pooled text vectors come into the space."""
+    reads: Literal["pooled", "first"] = "pooled"
+    """What of a tower is projected: its pooled vector, or its first state (FLAVA, whose poolers wait for finetuning)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on pooled vectors before they are projected: what regularises a space over frozen towers."""
     temperature: float = Field(0.07, gt=0)
@@ -50,7 +53,7 @@ class EmbedSpace(nn.Module):
 
     def __init__(self, config: EmbedConfig, image_width: int, text_width: int) -> None:
         super().__init__()
-        self.width = config.width
+        self.width, self.reads = config.width, config.reads
         self.image = self._projection("image", config.image, image_width, config)
         self.text = self._projection("text", config.text, text_width, config)
         self.drop = nn.Dropout(config.dropout)
@@ -70,9 +73,18 @@ class EmbedSpace(nn.Module):
             )
         return nn.Identity()
 
+    def project(self, modality: Modality, pooled: Tensor) -> Tensor:
+        """Pooled vectors [B or T, D] -> vectors [B or T, E], not yet of unit norm."""
+        projection = self.image if modality == "image" else self.text
+        return pooled if isinstance(projection, nn.Identity) else projection(self.drop(pooled))
+
+    def logits(self, image: Tensor, text: Tensor) -> Tensor:
+        """Unit-norm vectors [B, E] and [T, E] -> logits of all pairs [B, T], as the losses have them."""
+        found = similarities(image, text, self.logit_scale)
+        return found if self.logit_bias is None else found + self.logit_bias
+
     def forward(self, modality: Modality, pooled: Tensor) -> Tensor:
         """Pooled vectors [B or T, D] -> unit-norm vectors [B or T, E]."""
-        projection = self.image if modality == "image" else self.text
-        vectors = pooled if isinstance(projection, nn.Identity) else projection(self.drop(pooled))
+        vectors = self.project(modality, pooled)
         # Half precision would keep the norm, and with it every similarity, to three digits only.
         return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)

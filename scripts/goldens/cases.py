@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from scripts.goldens import albef, beit3, vilt, vlmo
+from scripts.goldens import albef, beit3, clip, vilt, vlmo
 from scripts.goldens.base import Adapter
 
-ADAPTERS: dict[str, Adapter] = {**albef.ADAPTERS, **beit3.ADAPTERS, **vlmo.ADAPTERS, **vilt.ADAPTERS}
+ADAPTERS: dict[str, Adapter] = {
+    **albef.ADAPTERS,
+    **beit3.ADAPTERS,
+    **vlmo.ADAPTERS,
+    **vilt.ADAPTERS,
+    **clip.ADAPTERS,
+}

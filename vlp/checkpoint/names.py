@@ -6,9 +6,9 @@ Loading reads the table from left to right, exporting from right to left; both a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from vlp.checkpoint.foreign import Renamed
 
 State: TypeAlias = Mapping[str, Tensor]
 Convert: TypeAlias = Callable[[Tensor], Tensor]
+Names: TypeAlias = str | tuple[str, ...]
 
 _PLACES = {"n": r"\d+", "p": "weight|bias", "rest": ".+"}
 
@@ -33,9 +34,9 @@ class Pair:
     In the names ``{n}`` stands for a layer's number, ``{p}`` for ``weight`` or ``bias``, ``{rest}`` for anything.
     """
 
-    theirs: str | tuple[str, ...]
+    theirs: Names
     """Names there."""
-    ours: str | tuple[str, ...]
+    ours: Names
     """Names here."""
     to_ours: Convert = same
     """Applied to each tensor of theirs."""
@@ -45,12 +46,19 @@ class Pair:
     """Relative lengths of ours, where they are not equal."""
 
 
-def shaped(theirs: tuple[int, ...], ours: tuple[int, ...]) -> dict[str, Convert]:
+class Conversions(TypedDict):
+    """Arguments of a :class:`Pair`."""
+
+    to_ours: Convert
+    to_theirs: Convert
+
+
+def shaped(theirs: tuple[int, ...], ours: tuple[int, ...]) -> Conversions:
     """Return the conversions of a :class:`Pair` between two shapes of the same values (-1 = what is left)."""
     return {"to_ours": lambda tensor: tensor.reshape(ours), "to_theirs": lambda tensor: tensor.reshape(theirs)}
 
 
-def added_axes(number: int) -> dict[str, Convert]:
+def added_axes(number: int) -> Conversions:
     """Return the conversions of a :class:`Pair` where ours has that many axes of one more in front."""
 
     def add(tensor: Tensor) -> Tensor:
@@ -62,12 +70,12 @@ def added_axes(number: int) -> dict[str, Convert]:
     return {"to_ours": add, "to_theirs": remove}
 
 
-def transposed() -> dict[str, Convert]:
+def transposed() -> Conversions:
     """Return the conversions of a :class:`Pair` between ``x @ W`` and a linear layer."""
     return {"to_ours": lambda tensor: tensor.T, "to_theirs": lambda tensor: tensor.T}
 
 
-def blocks(theirs: str, ours: str, layers: Mapping[str | tuple[str, ...], str | tuple[str, ...]]) -> tuple[Pair, ...]:
+def blocks(theirs: str, ours: str, layers: Mapping[Names, Names]) -> tuple[Pair, ...]:
     """Return the pairs of a stack's layers: names of linear layers and norms within a block there -> here.
 
     Args:
@@ -76,7 +84,7 @@ def blocks(theirs: str, ours: str, layers: Mapping[str | tuple[str, ...], str | 
         layers: each name there -> here, without ``.weight`` and ``.bias`` (or with ``{p}``, where it is written else).
     """
 
-    def full(prefix: str, names: str | tuple[str, ...]) -> tuple[str, ...]:
+    def full(prefix: str, names: Names) -> tuple[str, ...]:
         names = (names,) if isinstance(names, str) else names
         return tuple(prefix + (name if "{p}" in name else name + ".{p}") for name in names)
 
@@ -94,7 +102,7 @@ def rename_pairs(table: Sequence[Pair], state: State, ignored: Mapping[str, str]
     found: dict[str, Tensor] = {}
     used: set[str] = set()
     for pair in table:
-        for theirs, ours in _expand(pair.theirs, pair.ours, state):
+        for theirs, ours in _expand(pair.theirs, pair.ours, state, used):
             parts = [pair.to_ours(state[name]) for name in theirs]
             found |= dict(zip(ours, _cut(parts, len(ours), pair.cut), strict=True))
             used |= set(theirs)
@@ -114,7 +122,7 @@ def restore_pairs(table: Sequence[Pair], state: State) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     used: set[str] = set()
     for pair in table:
-        for ours, theirs in _expand(pair.ours, pair.theirs, state):
+        for ours, theirs in _expand(pair.ours, pair.theirs, state, used):
             parts = [pair.to_theirs(tensor) for tensor in _cut([state[name] for name in ours], len(theirs), ())]
             found |= dict(zip(theirs, parts, strict=True))
             used |= set(ours)
@@ -134,13 +142,16 @@ def _cut(parts: Sequence[Tensor], number: int, shares: tuple[int, ...]) -> Seque
 
 
 def _expand(
-    left: str | tuple[str, ...], right: str | tuple[str, ...], state: State
+    left: Names, right: Names, state: State, used: Collection[str]
 ) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Every number and kind of parameter for which all names on the left are there -> (left names, right names)."""
+    """Every number and kind of parameter for which all names on the left are there -> (left names, right names).
+
+    Names that an earlier pair took are not there any more.
+    """
     left, right = ((names,) if isinstance(names, str) else names for names in (left, right))
     for values in _matches(left[0], state):
         found, wanted = (tuple(name.format(**values) for name in names) for names in (left, right))
-        if all(name in state for name in found):
+        if all(name in state and name not in used for name in found):
             yield found, wanted
 
 
