@@ -73,13 +73,14 @@ def _questions(case: Case, loaded: Loaded) -> Batch:
 
 
 def generated(name: str, memory: Callable[[Ran], Tokens], prompt: Tensor | None = None, **settings: Any) -> Output:
-    """The ids of the output of that name, padded as it is."""
+    """The ids of the output of that name, padded as it is, and (but for ``max_length``) as long at most."""
 
     def write(ran: Ran) -> Tensor:
         found = torch.full_like(ran.case.outputs[name], PAD)
-        read, config = memory(ran), GenerationConfig(**settings)
+        config = GenerationConfig(**{"max_length": found.shape[1], **settings})
         prompts = None if prompt is None else prompt.expand(len(found), -1)
-        for row, text in zip(found, generate_text(ran.model, read, _vocabulary(ran), config, prompts)[0], strict=True):
+        texts, _ = generate_text(ran.model, memory(ran), _vocabulary(ran), config, prompts)
+        for row, text in zip(found, texts, strict=True):
             row[: len(text)] = torch.tensor(text)
         return found
 
@@ -180,13 +181,61 @@ def _share(case: Case) -> Mapping[str, Any]:
     return {"objectives": {"itc": {"distill": float(case.inputs["alpha"])}}}
 
 
+def _hf_text(case: Case) -> Texts:
+    return Texts(case.inputs["input_ids"], case.inputs["attention_mask"].bool())
+
+
+def _hf_labels(case: Case, text: Texts) -> Texts:
+    """As the decoder reads it; the recorded labels are those of the ids themselves."""
+    labels = case.inputs["labels"].roll(-1, 1)
+    labels[:, -1] = -100
+    return replace(text, attention="causal", labels=labels)
+
+
+def _hf_pairs(case: Case, loaded: Loaded) -> Batch:
+    text = _hf_text(case)
+    texts = {"clean": text}
+    if "decoder_input_ids" in case.inputs:
+        answers = Texts(case.inputs["decoder_input_ids"], case.inputs["decoder_attention_mask"].bool())
+        texts[ANSWERS] = _hf_labels(case, answers)
+    elif "labels" in case.inputs:
+        texts["causal"] = _hf_labels(case, text)
+    return Batch({"clean": Images(case.inputs["pixel_values"])}, texts)
+
+
+def _hf_captions(case: Case) -> Mapping[str, Output]:
+    prompt = case.inputs["input_ids"][:, :3]  # of the four given ids transformers drops the last
+
+    def write(name: str, **settings: Any) -> Output:
+        return generated(name, lambda ran: ran[IMAGE], **settings)
+
+    return {
+        "image_embeds": lambda ran: ran[IMAGE].states,
+        "logits": lambda ran: ran.head("lm", ran[WRITTEN].states),
+        "loss": lambda ran: ran.loss("lm"),
+        "greedy_ids": write("greedy_ids"),
+        "greedy_prompt_ids": write("greedy_prompt_ids", prompt=prompt),
+        "beam3_ids": write("beam3_ids", method="beam"),
+    }
+
+
+def _hf_answers(case: Case) -> Mapping[str, Output]:
+    # transformers, too, reads the padding of the questions when it generates.
+    greedy = generated("greedy_ids", lambda ran: replace(ran[Fuse()].text, keep=None))
+    return {
+        "image_embeds": lambda ran: ran[IMAGE].states,
+        "question_states": lambda ran: ran[Fuse()].text.states,
+        "decoder_logits": lambda ran: ran.head("lm", ran[ANSWERED].states),
+        "loss": lambda ran: ran.loss("lm"),
+        "greedy_ids": greedy,
+    }
+
+
 _EMBEDS = (IMAGE, TEXT, Embed("image"), Embed("text"), Fuse())
 _TAUGHT = (Embed("image", teacher=True), Embed("text", teacher=True))
 ADAPTERS: dict[str, Adapter] = {
     "blip_decoder": Adapter(_pairs, _captions, lambda case: (IMAGE, WRITTEN), _text_keep("lm_logits"), config=_config),
-    "blip_itm": Adapter(
-        _pairs, _matched, lambda case: _EMBEDS, _pair_keep, config=_config, objectives=lambda case: ()
-    ),
+    "blip_itm": Adapter(_pairs, _matched, lambda case: _EMBEDS, _pair_keep, config=_config, objectives=lambda case: ()),
     "blip_pretrain": Adapter(
         _pairs, _matched, lambda case: (*_EMBEDS, *_TAUGHT, FALSE, WRITTEN), _pair_keep, _draws, _config, _share
     ),
@@ -226,5 +275,28 @@ ADAPTERS: dict[str, Adapter] = {
         config=_config,
     ),
     "blip_vqa_infer": Adapter(_questions, _answers, lambda case: (Fuse(),), config=_config),
+    "hf_blip_caption(_smooth)?": Adapter(
+        _hf_pairs, _hf_captions, lambda case: (IMAGE, WRITTEN), _text_keep("logits", rows="attention_mask")
+    ),
+    "hf_blip_itm": Adapter(
+        _hf_pairs,
+        lambda case: {
+            **_matched(case),
+            "text_fused": lambda ran: ran[Fuse()].text.states,
+            "text_unimodal": lambda ran: ran[TEXT].states,
+        },
+        lambda case: _EMBEDS,
+        _text_keep("text_fused", "text_unimodal", rows="attention_mask"),
+        objectives=lambda case: (),
+    ),
+    "hf_blip_vqa": Adapter(
+        _hf_pairs,
+        _hf_answers,
+        lambda case: (IMAGE, Fuse(), ANSWERED),
+        lambda case: {
+            "question_states": case.inputs["attention_mask"].bool(),
+            "decoder_logits": case.inputs["decoder_attention_mask"].bool(),
+        },
+    ),
 }
 """Which adapter reads which cases."""

@@ -32,11 +32,11 @@ from vlp.checkpoint.names import Pair, blocks, rename_pairs
 from vlp.data.presets import albef_blip
 
 ENCODER, DECODER = "text_encoder.", "text_decoder.bert."
-_WORDS = "embeddings.word_embeddings.weight"
-_HEAD = "text_decoder.cls.predictions."
+WORDS = "embeddings.word_embeddings.weight"
+HEAD = "text_decoder.cls.predictions."
 _MERGE_FROM = 6
 """NLVR2: the first layer whose two cross-attentions are merged by a linear layer."""
-_TEMPERATURE = 0.07
+TEMPERATURE = 0.07
 PUBLISHED_WORDS = 30_524
 """bert-base-uncased's 30,522, [DEC] and [ENC]."""
 _A_PICTURE_OF = (1037, 3861, 1997)
@@ -62,14 +62,14 @@ _TWINS |= {"crossattention.output.LayerNorm": "cross_norm", "crossattention.outp
 def recognise(shapes: Shapes, config: Mapping[str, Any]) -> bool:
     """Whether a file is BLIP's: unlike ALBEF's, its texts have no token types and every layer cross-attention."""
     return f"{VISION}.pos_embed" in shapes and any(
-        f"{part}{_WORDS}" in shapes and f"{part}embeddings.token_type_embeddings.weight" not in shapes
+        f"{part}{WORDS}" in shapes and f"{part}embeddings.token_type_embeddings.weight" not in shapes
         for part in (ENCODER, DECODER)
     )
 
 
 def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     """Return what a file is in our words."""
-    encodes, decodes = ENCODER + _WORDS in shapes, DECODER + _WORDS in shapes
+    encodes, decodes = ENCODER + WORDS in shapes, DECODER + WORDS in shapes
     text = read_stack(shapes, ENCODER if encodes else DECODER)
     vision, assumed = vit_recipe(shapes, VISION, _mapping(config, "vit"))
     stack, more = bert_recipe(text, {"bert_config": _mapping(config, "med_config")})
@@ -85,7 +85,7 @@ def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     if _two_images(shapes):
         model["fusion"] |= {"images": "parallel", "merge_from": _MERGE_FROM}
     if "vision_proj.weight" in shapes:
-        model["embed"] = {"width": shapes["vision_proj.weight"][0], "temperature": _TEMPERATURE}
+        model["embed"] = {"width": shapes["vision_proj.weight"][0], "temperature": TEMPERATURE}
     if decodes:
         layers = read_stack(shapes, DECODER).layers
         shared = "embeddings" if not encodes else "all_but_self_attention" if _pretrained(shapes) else "none"
@@ -113,7 +113,7 @@ def _two_images(shapes: Shapes) -> bool:
 
 def _pretrained(shapes: Shapes) -> bool:
     """Whether a file holds all losses, so that encoder and decoder share their weights."""
-    return DECODER + _WORDS in shapes and "itm_head.weight" in shapes
+    return DECODER + WORDS in shapes and "itm_head.weight" in shapes
 
 
 def _fused_first(shapes: Shapes, text: Stack, notes: list[str]) -> int | None:
@@ -134,15 +134,15 @@ def _objectives(shapes: Shapes, config: Mapping[str, Any], text: Stack, notes: l
         if f"{VISION}_m.pos_embed" in shapes:
             found["itc"] |= {"distill": config.get("alpha", 0.4)}
         if "temp" not in shapes:
-            notes.append(f"temperature {_TEMPERATURE}")
+            notes.append(f"temperature {TEMPERATURE}")
     if "itm_head.weight" in shapes:
         found["itm"] = {"exclude": rule, "floor": 1e-4 if _pretrained(shapes) else 0.0}
-    if _HEAD + "transform.dense.weight" in shapes:
+    if HEAD + "transform.dense.weight" in shapes:
         found["lm"] = {"label_smoothing": 0.1}
-        if ENCODER + _WORDS not in shapes and text.vocabulary == PUBLISHED_WORDS:
+        if ENCODER + WORDS not in shapes and text.vocabulary == PUBLISHED_WORDS:
             found["lm"] |= {"prompt": _A_PICTURE_OF}
             notes.append('captions begin with "a picture of" (objectives.lm.prompt)')
-        if ENCODER + _WORDS in shapes and not _pretrained(shapes):
+        if ENCODER + WORDS in shapes and not _pretrained(shapes):
             found["lm"] |= {"memory": "fused", "view": "lm:answer", "mean": "texts"}
     if "cls_head.0.weight" in shapes:
         found["answer"] = {"answers": ["False", "True"], "loss": "ce", "head": "relu"}
@@ -150,9 +150,9 @@ def _objectives(shapes: Shapes, config: Mapping[str, Any], text: Stack, notes: l
 
 
 def _data(shapes: Shapes, vision: Mapping[str, Any]) -> dict[str, Any]:
-    question = DECODER + _WORDS in shapes and ENCODER + _WORDS in shapes and not _pretrained(shapes)
+    question = DECODER + WORDS in shapes and ENCODER + WORDS in shapes and not _pretrained(shapes)
     return {
-        "max_length": 30 if _pretrained(shapes) else 35 if ENCODER + _WORDS in shapes else 40,
+        "max_length": 30 if _pretrained(shapes) else 35 if ENCODER + WORDS in shapes else 40,
         "tokenizer": TOKENIZER | {"clean": "blip_question" if question else "blip", "max_words": 50},
         "transform": albef_blip(vision["image_size"]).transform.model_dump(exclude_defaults=True),
     }
@@ -170,9 +170,9 @@ def table(shapes: Shapes) -> tuple[Pair, ...]:
         if _two_images(shapes):
             layers = blocks(f"{prefix}encoder.layer.{{n}}.", f"{ours}fusion.blocks.{{n}}.", {**LAYER, **_TWINS})
             pairs += [*embeddings(prefix, f"{ours}text."), *layers]
-        elif prefix + _WORDS in shapes:
+        elif prefix + WORDS in shapes:
             pairs += split_stack(prefix, ours, read_stack(shapes, prefix).layers, 0)
-    pairs += [*decoder_stack(DECODER, "decoder."), *word_head(_HEAD, "objectives.lm.head.")]
+    pairs += [*decoder_stack(DECODER, "decoder."), *word_head(HEAD, "objectives.lm.head.")]
     return (*pairs, *_ALONE)
 
 
@@ -197,13 +197,13 @@ def _copies(state: State) -> dict[str, str]:
     """What a file stores twice: tied words, and in pretraining all that encoder and decoder share."""
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if not _pretrained(shapes):
-        return word_head_copies(_HEAD, DECODER + _WORDS)
+        return word_head_copies(HEAD, DECODER + WORDS)
     found = {
         name: ENCODER + name.removeprefix(DECODER)
         for name in state
         if name.startswith(DECODER) and ".attention." not in name and "position_ids" not in name
     }
-    return found | word_head_copies(_HEAD, ENCODER + _WORDS)
+    return found | word_head_copies(HEAD, ENCODER + WORDS)
 
 
 def rename(state: State) -> Renamed:
@@ -211,7 +211,7 @@ def rename(state: State) -> Renamed:
     whole, left = without_copies(state, _copies(state))
     found = rename_pairs(table({name: tuple(tensor.shape) for name, tensor in whole.items()}), whole, _IGNORED)
     if "vision_proj.weight" in whole and "temp" not in whole:
-        found.state["embed.main.logit_scale"] = torch.tensor([-math.log(_TEMPERATURE)])
+        found.state["embed.main.logit_scale"] = torch.tensor([-math.log(TEMPERATURE)])
     return Renamed(found.state, found.ignored | left, found.unexpected)
 
 
