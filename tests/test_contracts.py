@@ -33,6 +33,7 @@ from objectives import (
 from objectives.base import Decode, Draw, Encode, Fuse, Fused, Side
 from vlp.decoder import DecoderConfig
 from vlp.fusion.dual import DualStreamConfig
+from vlp.fusion.multiway import MultiwayConfig
 from vlp.fusion.single import SingleStreamConfig
 from vlp.model import Model, build_model
 
@@ -68,6 +69,8 @@ FUSIONS = {
     "co": DualStreamConfig(**SIZES, attention="co"),
     "co, METER": DualStreamConfig(**SIZES, attention="co", pooler="concat", project=True, modality_embedding=True),
     "co, ViLBERT": DualStreamConfig(**SIZES, attention="co", pooler="product", norm="pre"),
+    "multiway, VLMo": MultiwayConfig(**SIZES, key_bias=False, layer_scale=0.1, modality_embedding=True),
+    "multiway, BEiT-3": MultiwayConfig(**SIZES, decoupled=True, sub_norm=True, pooler_side="image", pooler_norm=True),
 }
 LEFT_TO_RIGHT = [name for name in FUSIONS if not name.startswith("co")]
 DECODERS = {
@@ -370,7 +373,7 @@ def test_objective_ignores_padding_and_order(name: str) -> None:
         views[view] = replace(text, ids=torch.cat([text.ids, filler], 1), keep=keep, labels=labels)
     model = lengthened(model)
     check_same(losses(model, replace(batch, texts=views)), losses(model, batch))
-    if "itm" in OBJECTIVES[name]:  # whose negatives are drawn by row
+    if OBJECTIVES[name].keys() & {"itm", "assign"}:  # whose negatives are drawn by row
         return
     order = torch.tensor([2, 0, 3, 1])
     shuffled = replace(

@@ -31,6 +31,8 @@ class MultiwayConfig(BesideConfig):
     """One stack with layers per modality; over bare embeddings it is the tower of both modalities too."""
 
     kind: Literal["multiway"] = "multiway"
+    norm: Literal["pre", "post"] | None = "pre"
+    """Always before each branch."""
     decoupled: bool = False
     """Attention's projections and every norm are per modality too (BEiT-3), else shared (VLMo)."""
     pair_layers: int = 0
@@ -177,7 +179,7 @@ class Multiway(nn.Module):
         super().__init__()
         self.config, stack = config, config.stack
         if stack.norm != "pre":
-            raise ValueError("model.fusion.norm post: multiway has its norms before each branch; set it to pre")
+            raise ValueError("model.fusion.norm post: multiway has its norms before each branch; remove it")
         self.text_width = self.image_width = width = stack.width
         self.image_project = nn.Linear(image_width, width) if image_width != width else nn.Identity()
         self.text_project = nn.Linear(text_width, width) if text_width != width else nn.Identity()
