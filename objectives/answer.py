@@ -7,6 +7,7 @@ Shapes: T questions, A answers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -33,6 +34,8 @@ class AnswerConfig(DistillConfig):
     """`mlp`: linear, norm, GELU, linear (ViLT, METER, X-VLM). `norm_mlp`: a norm before these (BEiT-3 on NLVR2).
     `gelu_mlp`: linear, GELU, norm, linear (UNITER, LXMERT). `relu`: linear, ReLU, linear (ALBEF, BLIP). `linear`: one
     layer (UNITER on NLVR2)."""
+    masked: bool = False
+    """Read the pairs with the words and regions hidden that other objectives hide (LXMERT's pretraining)."""
     hidden: int | None = None
     """Width inside the head; None = twice that of pooled, of `relu` once."""
 
@@ -71,10 +74,11 @@ class Answer(Objective):
         self.config = config
         build = HEADS[config.head]
         self.head: nn.Module = build(width, len(config.answers), config.hidden)
-        self.needs = frozenset({Fuse()})
+        self.asked = Fuse("masked", "masked") if config.masked else Fuse()
+        self.needs = frozenset({self.asked})
         self.teaches_head = config.distill > 0
         if self.teaches_head:
-            self.needs |= {Fuse(teacher=True)}
+            self.needs |= {replace(self.asked, teacher=True)}
 
     def count(self, batch: Batch) -> Tensor | float:
         """Return the number of questions; under `ce` those that have an answer of the list."""
@@ -92,14 +96,14 @@ class Answer(Objective):
 
     def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
         """Sum over answers (bce) or cross-entropy (ce), mean over questions; ce leaves out those without an answer."""
-        logits = self.head(results[Fuse()].pooled).float()
+        logits = self.head(results[self.asked].pooled).float()
         scores = batch.targets["answer_scores"].to(logits.dtype)
         target = scores
         if self.config.loss == "ce":
             target = scores / scores.sum(1, keepdim=True).clamp(min=1e-6)
         if share := self.config.share(batch.seen):
             with torch.no_grad():
-                believed = results.teacher_head(self.name)(results[Fuse(teacher=True)].pooled).float()
+                believed = results.teacher_head(self.name)(results[replace(self.asked, teacher=True)].pooled).float()
                 target = target.lerp(self._probabilities(believed), share)
         if self.config.loss == "bce":
             loss = answer_terms(logits, target).sum(1).mean()

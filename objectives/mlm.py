@@ -45,9 +45,15 @@ class MlmConfig(DistillConfig):
     """Read the text without its image also where there is a fusion (VLMo's text stage, FLAVA's texts)."""
     image: Literal["clean", "masked"] = "clean"
     """The image beside it: the whole one, or that with hidden regions (ViLBERT, LXMERT)."""
+    image_labels: bool = False
+    """Labels may go on over the image's tokens, behind the text's (VisualBERT in transformers)."""
 
     trains_embed: ClassVar[bool] = False
-    reads: ClassVar[frozenset[Side]] = frozenset({"text"})
+
+    @property
+    def reads(self) -> frozenset[Side]:
+        """Sides of the fusion that it reads."""
+        return frozenset({"text", "image"} if self.image_labels else {"text"})
 
     def build(self, spec: ModelSpec) -> Mlm:
         """Build the objective."""
@@ -119,11 +125,14 @@ class Mlm(Objective):
             taught = Taught(results.teacher_head(self.name), self._read(results[self.taught]), share)
         return word_loss(self.head, self._read(results[self.states]), text.labels, text.label_at, taught=taught)
 
-    @staticmethod
-    def _read(found: Fused | Tokens) -> Tensor:
-        tokens = found.text if isinstance(found, Fused) else found
-        assert tokens is not None
-        return tokens.states
+    def _read(self, found: Fused | Tokens) -> Tensor:
+        """States that the labels are of, [T, L, D]."""
+        if isinstance(found, Tokens):
+            return found.states
+        assert found.text is not None
+        if not self.config.image_labels or found.image is None:
+            return found.text.states
+        return torch.cat([found.text.states, found.image.states], 1)
 
 
 def count_labels(batch: Batch, view: str) -> Tensor:
