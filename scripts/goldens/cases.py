@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from scripts.goldens import albef, beit3, clip, vilt, vlmo
+from scripts.goldens import albef, beit3, blip, clip, meter, region, uniter, vilt, vlmo
 from scripts.goldens.base import Adapter
 
 ADAPTERS: dict[str, Adapter] = {
     **albef.ADAPTERS,
+    **blip.ADAPTERS,
     **beit3.ADAPTERS,
     **vlmo.ADAPTERS,
     **vilt.ADAPTERS,
+    **meter.ADAPTERS,
+    **uniter.ADAPTERS,
     **clip.ADAPTERS,
+    **region.ADAPTERS,
 }
