@@ -7,9 +7,7 @@ from vlp.checkpoint import (
     hf_align,
     hf_blip,
     hf_clip,
-    hf_lxmert,
     hf_siglip,
-    hf_visualbert,
     meter,
     open_clip,
     tmm_clip,
@@ -35,6 +33,4 @@ FAMILIES: tuple[Family, ...] = (
     hf_align.FAMILY,
     uniter.FAMILY,
     volta.FAMILY,
-    hf_lxmert.FAMILY,
-    hf_visualbert.FAMILY,
 )
