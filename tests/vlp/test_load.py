@@ -268,7 +268,7 @@ def test_addresses_are_read_through_fsspec(folder: Path, loaded: vlp.Loaded, tmp
     memory.put(str(folder), "/bucket/run", recursive=True)
     for address in ("memory://bucket/run", f"memory://bucket/run/checkpoints/{64:012d}", folder.as_uri()):
         assert torch.equal(vlp.load(address).embed_texts(TEXTS), loaded.embed_texts(TEXTS))
-    with pytest.raises(ValueError, match=r"cannot load memory://bucket/none: there is no manifest\.json; give a"):
+    with pytest.raises(ValueError, match=r"cannot load memory://bucket/none: there is no manifest\.json and no known file of weights; give a"):
         vlp.load("memory://bucket/none")
     with pytest.raises(ValueError, match=r"cannot load warp://x: .*check the address"):
         vlp.load("warp://x")
@@ -289,9 +289,9 @@ def test_a_hub_id_is_fetched_manifest_first(
     assert torch.equal(found.embed_texts(TEXTS), loaded.embed_texts(TEXTS))
     assert asked[0] == ("someone/model", "v2", ["manifest.json"])
     assert {"model.safetensors", "config.yaml", "tokenizer.json"} <= set(asked[1][2]) and len(asked) == 2
-    with pytest.raises(ValueError, match="the hub's model is of a format that vlp does not read; give a checkpoint"):
+    with pytest.raises(ValueError, match="the hub's repository holds no weights; give a checkpoint"):
         vlp.load("someone/foreign")
-    assert asked[2:] == [("someone/foreign", None, ["manifest.json"])]
+    assert asked[2] == ("someone/foreign", None, ["manifest.json"]) and "*.safetensors" in asked[3][2]
 
 
 def test_a_hub_id_offline_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

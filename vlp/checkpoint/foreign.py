@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
+from zipfile import ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -172,9 +173,19 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 def _unpickle(path: Path) -> Any:
     try:
+        if _is_zip(path):
+            _refuse_bomb(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # torch raises whatever the damaged pickle makes its readers raise
         raise ValueError(f"cannot load {path}: {first_line(error)}; nothing of it was executed") from error
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Refuse an archive that expands: torch stores tensors uncompressed."""
+    with ZipFile(path) as archive:
+        inside = sum(entry.file_size for entry in archive.infolist())
+    if inside > path.stat().st_size:
+        raise ValueError(f"its {path.stat().st_size:,} bytes would expand to {inside:,}; no checkpoint does")
 
 
 def _is_zip(path: Path) -> bool:

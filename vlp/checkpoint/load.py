@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,10 +123,11 @@ def load_foreign(
     state = read_state(weights)
     shapes, theirs = shapes_of(state), {**read_settings(weights), **(config or {})}
     family = recognise(shapes, theirs, path)
-    recipe = family.recipe(shapes, theirs)
-    found = build(LoadedConfig, Layer(recipe.tree, f"{family.name} checkpoint"), Layer(settings or {}, "settings="))
-    model = build_model(found.model, found.objectives, pretrained=False)
-    renamed = family.rename(state)
+    with _whole(path, family):
+        recipe = family.recipe(shapes, theirs)
+        found = build(LoadedConfig, Layer(recipe.tree, f"{family.name} checkpoint"), Layer(settings or {}, "settings="))
+        model = build_model(found.model, found.objectives, pretrained=False)
+        renamed = family.rename(state)
     unknown = {name: state[name] for name in renamed.unexpected}
     report = load_weights(
         model,
@@ -150,6 +152,19 @@ def unread(model: Model) -> tuple[str, ...]:
         return ()
     pooler = () if model.fusion.pooler is not None else ("pooler.*",)
     return tuple(f"fusion.{part}" for part in (*getattr(model.fusion, "unread", ()), *pooler))
+
+
+@contextmanager
+def _whole(path: Path, family: Family) -> Iterator[None]:
+    """Say in one line that a checkpoint is not whole: a family's functions expect what a whole one holds."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(
+            f"cannot load {path}: it looks like a {family.name} checkpoint but is not whole, or needs config= "
+            f"({reason}); copy it again, or give the authors' settings"
+        ) from error
 
 
 def recognise(shapes: Shapes, config: Mapping[str, Any], path: Path) -> Family:

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from vlp.cli import looking, training, using
+from vlp.cli import checkpoints, looking, training, using
 from vlp.cli.command import Command, Parser
 from vlp.recipes import did_you_mean
 
@@ -24,6 +24,8 @@ COMMANDS = {
     "demo": looking.DEMO,
     "recipes": looking.RECIPES,
     "compare": training.COMPARE,
+    "inspect": checkpoints.INSPECT,
+    "push": checkpoints.PUSH,
 }
 
 EXTRAS = {"easy_vqa": "demo", "pyarrow": "parquet", "sentencepiece": "spm", "wandb": "track"}

@@ -11,6 +11,9 @@ from vlp.cli.command import Arguments, Command, Parser, device_option, print_res
 from vlp.cli.tasks import choose_task, open_checkpoint, task_arguments
 
 if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
     from vlp.config import Config
     from vlp.run import RunConfig
 
@@ -39,7 +42,8 @@ def pretrain_config(arguments: Arguments, flags: list[str]) -> Config:
             raise ValueError(
                 "--resume takes recipe, folder and weights from the run; leave out RECIPE, --out and --init"
             )
-        return resumed_config(find_checkpoint(arguments.resume), flags)
+        arguments.found = find_checkpoint(arguments.resume)
+        return resumed_config(arguments.found, flags)
     prog = f"vlp pretrain {arguments.recipe or 'RECIPE'}"
     if arguments.recipe is None and "--help" not in flags:
         raise ValueError("vlp pretrain: name a recipe (vlp recipes lists them), or --resume RUN")
@@ -47,18 +51,41 @@ def pretrain_config(arguments: Arguments, flags: list[str]) -> Config:
 
 
 def pretrain(arguments: Arguments, config: Any) -> None:
-    """Run `vlp pretrain`."""
+    """Run `vlp pretrain`; score retrieval on `data.val` where that is named."""
+    from downstream.evaluate import open_data
     from vlp import pretrain as training
     from vlp.train.distributed import pick_device, process_group
 
+    if config.data.val is not None:
+        open_data(config.data, "val")  # what is wrong with it is said before anything is trained
     device = pick_device(arguments.device)
     with process_group(device):
         if arguments.resume is not None:
-            outcome = training.resume(arguments.resume, arguments.flags, device, command=arguments.command)
+            folder, found = arguments.resume, arguments.found
+            outcome = training.resume(folder, arguments.flags, device, command=arguments.command, found=found)
         else:
             folder = arguments.out or Path("runs") / Path(arguments.recipe).stem
             outcome = training.pretrain(config, folder, device, command=arguments.command, init=arguments.init)
+        scores = validate(folder, config, device, arguments.command) if outcome.finished else None
+    if scores is not None:
+        print_result(scores)
     logger.info("%s samples seen; checkpoint %s", f"{outcome.seen:,}", outcome.checkpoint)
+
+
+def validate(folder: Path, config: RunConfig, device: torch.device, command: str) -> Table | None:
+    """Return the retrieval scores of a run on `data.val` to print; None where it names none."""
+    from downstream.evaluate import evaluate_run, result_table
+    from downstream.retrieval import RetrievalConfig
+    from vlp.checkpoint.load import load
+
+    task = RetrievalConfig()
+    if config.data.val is None:
+        return None
+    loaded = load(folder, device=device)
+    if (missing := task.lacks(loaded.model)) is not None:
+        logger.warning("data.val is not scored: retrieval takes %s", missing)
+        return None
+    return result_table(task, evaluate_run(folder, loaded, config.data, task, command=command), title="data.val")
 
 
 def finetune_arguments(parser: Parser) -> None:

@@ -1,0 +1,84 @@
+"""Commands about checkpoints as files: inspect, push."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from vlp.cli.command import Arguments, Command, Parser, print_result
+
+logger = logging.getLogger(__name__)
+
+
+def config_option(parser: Parser) -> None:
+    """Declare ``--config``."""
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a foreign checkpoint's settings in the authors' keys, JSON or YAML"
+    )
+
+
+def read_config(path: Path | None) -> dict[str, Any] | None:
+    """Return the mapping in a JSON or YAML file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if path is None:
+        return None
+    if path.suffix == ".json":
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--config {path}: {error}; give a JSON or YAML file") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"--config {path}: a mapping was expected, not {type(found).__name__}")
+        return found
+    from vlp.recipes import read_tree
+
+    return read_tree(path)
+
+
+def inspect_arguments(parser: Parser) -> None:
+    """Declare the arguments of `vlp inspect`."""
+    parser.add_argument("checkpoint", help="file, folder, address or hub id")
+    config_option(parser)
+
+
+def inspect(arguments: Arguments, config: Any) -> None:
+    """Run `vlp inspect`."""
+    from rich.table import Table
+
+    from vlp.checkpoint.inspect import inspect as tell
+    from vlp.config import to_yaml
+
+    found = tell(arguments.checkpoint, read_config(arguments.config))
+    table = Table(show_header=False, box=None)
+    table.add_row("family", found.family)
+    table.add_row("stored", f"{found.parameters:,} values in {found.tensors:,} tensors")
+    table.add_row("can", "; ".join(found.abilities) or "encode only (no objective's head is stored)")
+    for one in found.assumed:
+        table.add_row("assumed", one)
+    print_result(table)
+    print_result(to_yaml(found.config))
+
+
+def push_arguments(parser: Parser) -> None:
+    """Declare the arguments of `vlp push`."""
+    parser.add_argument("checkpoint", help="run or checkpoint folder")
+    parser.add_argument("name", help="owner/name on the hub")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--message", default="", help="of the commit")
+
+
+def push(arguments: Arguments, config: Any) -> None:
+    """Run `vlp push`."""
+    from vlp.checkpoint.push import push as upload
+
+    address = upload(arguments.checkpoint, arguments.name, private=arguments.private, message=arguments.message)
+    logger.info("pushed to %s", address)
+
+
+INSPECT = Command("tell what a checkpoint is, ours or another project's", inspect_arguments, inspect)
+PUSH = Command("upload a checkpoint with its model card to the hub", push_arguments, push)
