@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -162,6 +163,66 @@ _OUTPUTS: dict[str, Output] = {
     **LOSSES,
 }
 
+# transformers' port takes the patches in the same way, but does not say which.
+
+
+def _hf_batch(case: Case, loaded: Loaded) -> Batch:
+    given, patch = case.inputs, case.config["patch_size"]
+    pixels, mask = given["pixel_values"], given["pixel_mask"].bool()
+    index = None
+    if pixels.dim() == 5:  # two images a text
+        index = torch.arange(pixels.shape[0] * pixels.shape[1]).view(pixels.shape[:2])
+        pixels, mask = pixels.flatten(0, 1), mask.flatten(0, 1)
+    text = Texts(given["input_ids"], given["attention_mask"].bool(), segments=given["token_type_ids"])
+    texts, targets, labels = {"clean": text}, {}, given.get("labels")
+    if labels is not None and "mlm" in loaded.model.objectives:
+        texts["masked"] = replace(text, labels=labels)
+    elif labels is not None:
+        targets["answer_scores"] = labels if labels.is_floating_point() else torch.eye(2)[labels]
+    return Batch({"clean": Images(pixels, mask[:, ::patch, ::patch].flatten(1))}, texts, index, targets)
+
+
+def _hf_joint(ran: Ran, layer: int | None = None) -> Tensor:
+    """States of a layer (None: after the norm): text, then image tokens, those at padding behind."""
+    fused = ran[CLEAN]
+    text, image = (side.states if layer is None else side.layers[layer] for side in (fused.text, fused.image))
+    order = (~fused.image.keep).int().argsort(stable=True)[..., None]
+    joint = torch.cat([text, image.take_along_dim(order, 1)], 1)
+    return joint[:, : ran.case.outputs["joint_mask"].shape[1]]
+
+
+def _hf_logits(ran: Ran) -> Tensor:
+    (name,) = ran.model.objectives
+    return ran.head(name, ran[MASKED].text.states if name == "mlm" else ran[CLEAN].pooled)
+
+
+def _hf_keep(case: Case) -> dict[str, Tensor]:
+    if "joint_mask" in case.outputs:
+        names = ("last_hidden_state", *(f"hidden_states.{n}" for n in range(case.config["num_hidden_layers"] + 1)))
+        return dict.fromkeys(names, case.outputs["joint_mask"].bool())
+    words = case.outputs["logits"].shape[:2] == case.inputs["input_ids"].shape
+    return {"logits": text_keep(case)} if words else {}
+
+
+def _hf_outputs(case: Case) -> Mapping[str, Output]:
+    layers = range(case.config["num_hidden_layers"] + 1)
+    return {
+        "last_hidden_state": _hf_joint,
+        "pooler_output": lambda ran: ran[CLEAN].pooled,
+        "joint_mask": _hf_mask,
+        **{f"hidden_states.{n}": partial(_hf_joint, layer=n) for n in layers},
+        "logits": _hf_logits,
+        "loss": lambda ran: ran.loss(*ran.model.objectives),
+    }
+
+
+def _hf_mask(ran: Ran) -> Tensor:
+    """1 = real, padding of the image behind."""
+    text, image = ran[CLEAN].text.keep, ran[CLEAN].image.keep
+    joint = torch.cat([text, image.int().sort(descending=True, stable=True).values.bool()], 1)
+    return joint[:, : ran.case.outputs["joint_mask"].shape[1]].long()
+
+
 ADAPTERS = {
     r"vilt_(?!posembed).*": Adapter(
         batch=lambda case, loaded: authors_batch(case, loaded, case.config["patch_size"]),
@@ -171,5 +232,12 @@ ADAPTERS = {
         draws=authors_draws,
         settings=authors_settings,
         objectives=authors_objectives,
+    ),
+    r"hf_vilt.*": Adapter(
+        batch=_hf_batch,
+        outputs=_hf_outputs,
+        passes=lambda case: [MASKED if "ForMaskedLM" in case.meta["reference"] else CLEAN],
+        keep=_hf_keep,
+        objectives=lambda case: None if "loss" in case.outputs else (),
     ),
 }

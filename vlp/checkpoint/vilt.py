@@ -17,6 +17,8 @@ from torch import Tensor
 from vlp.checkpoint.bert_stack import embeddings
 from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
 from vlp.checkpoint.names import Pair, rename_pairs
+from vlp.data.presets import Preset
+from vlp.data.presets import vilt as vilt_preset
 
 POOLED_HEADS = ("itm_score", "rank_output", "vqa_classifier", "nlvr2_classifier", "snli_classifier")
 """Heads of ViLT and METER that read the pooled vector."""
@@ -24,8 +26,6 @@ RELATIONS = ("False", "True")
 """NLVR2: whether the text is true of the two images."""
 ENTAILMENTS = ("contradiction", "neutral", "entailment")
 """SNLI-VE."""
-TRANSFORM = {"resampler": "pillow", "resize": "shortest", "multiple": 32, "crop": "none"}
-"""Shorter side to the image size, longer side bounded, both multiples of 32."""
 
 
 def _recognise(shapes: Shapes, config: Mapping[str, Any]) -> bool:
@@ -37,6 +37,7 @@ def _recognise(shapes: Shapes, config: Mapping[str, Any]) -> bool:
 def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     assumed: list[str] = []
     width, _, patch, _ = shapes["transformer.patch_embed.proj.weight"]
+    side = math.isqrt(shapes["transformer.pos_embed"][1] - 1) * patch
     heads = num_heads(config, width, assumed)
     words, _ = shapes["text_embeddings.word_embeddings.weight"]
     length, _ = shapes["text_embeddings.position_embeddings.weight"]
@@ -49,13 +50,14 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         layers=count_layers(shapes, r"transformer\.blocks\.(\d+)\."),
         hidden=shapes["transformer.blocks.0.mlp.fc1.weight"][0],
         patch=patch,
-        side=math.isqrt(shapes["transformer.pos_embed"][1] - 1) * patch,
+        side=side,
         words=words,
         length=length,
         segments=shapes["text_embeddings.token_type_embeddings.weight"][0],
-        pair="nlvr2_classifier.0.weight" in shapes,
+        modalities=shapes["token_type_embeddings.weight"][0],
         fusion={"eps": 1e-6},
         objectives=objectives,
+        preset=vilt_preset(side),
     )
     return Recipe(tree, tuple(assumed))
 
@@ -71,18 +73,19 @@ def vilt_tree(
     words: int,
     length: int,
     segments: int,
-    pair: bool,
+    modalities: int,
     fusion: Mapping[str, Any],
     objectives: Mapping[str, Any],
+    preset: Preset,
     text: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the recipe of a ViLT; ``side`` is that of the square which the stored positions are of."""
-    vision = {"model": "vit_base_patch32_384", "image_size": side, "position_size": side, "patch_size": patch}
-    vision |= {"width": width, "heads": heads, "depth": 0, "position_resize": "bilinear_corners"}
+    vision = {"model": "vit_base_patch32_384", "image_size": preset.transform.side, "position_size": side}
+    vision |= {"patch_size": patch, "width": width, "heads": heads, "depth": 0, "mean": preset.mean, "std": preset.std}
     stack = {"width": width, "heads": heads}
     return {
         "model": {
-            "vision": vision | {"mean": [0.5] * 3, "std": [0.5] * 3},
+            "vision": vision | {"position_resize": "bilinear_corners"},
             "text": stack
             | {"layers": 0, "vocabulary_size": words, "max_length": length, "segments": segments, **(text or {})},
             "fusion": {
@@ -91,7 +94,7 @@ def vilt_tree(
                 "layers": layers,
                 "hidden": hidden,
                 "norm": "pre",
-                "images": "each" if pair else "one",
+                "images": "each" if modalities > 2 else "one",
                 **fusion,
             },
         },
@@ -99,7 +102,7 @@ def vilt_tree(
         "data": {
             "max_length": length,
             "tokenizer": {"source": "bert-base-uncased"},
-            "transform": dict(TRANSFORM),
+            "transform": preset.transform.model_dump(exclude_defaults=True, exclude={"image_size"}),
         },
     }
 
