@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from rich.table import Table
 
-from downstream.evaluate import EvaluateConfig, evaluate, open_data
+from downstream.evaluate import evaluate_run, open_data
 from downstream.retrieval import RetrievalConfig
 from encoders.text import BesideConfig
 from objectives.collectives import rank
@@ -138,8 +138,7 @@ def finish(place: Path, run: RunConfig, device: torch.device, command: str) -> b
 def score(name: str, place: Path, run: RunConfig, device: torch.device, task: RetrievalConfig, command: str) -> Row:
     """Score a trained variant; write its row and return it."""
     loaded = load(place, device=device)
-    settings = EvaluateConfig(task=task, checkpoint=str(place), data=run.data.model_copy(update={"train": None}))
-    result = evaluate(settings, loaded, place / "retrieval", command=command)
+    result = evaluate_run(place, loaded, run.data, task, command=command)
     records = read_metrics(place / "metrics.jsonl")
     row = Row(
         name,

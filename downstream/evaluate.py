@@ -101,6 +101,16 @@ def evaluate(run: EvaluateConfig, loaded: Loaded, folder: Path, *, command: str 
     return result
 
 
+def evaluate_run(folder: Path, loaded: Loaded, data: DataConfig, task: AnyTask, *, command: str = "") -> Result:
+    """Score a pretraining run, loaded, on its own ``data.val``; writes into a folder of the run's.
+
+    Raises:
+        ValueError: as ``evaluate``.
+    """
+    config = EvaluateConfig(task=task, checkpoint=str(folder), data=data.model_copy(update={"train": None}))
+    return evaluate(config, loaded, folder / task.kind, command=command)
+
+
 def predict(run: EvaluateConfig, loaded: Loaded, path: Path) -> int:
     """Write a prediction for every sample of ``data.val``, which needs no labels, as JSON lines; return how many.
 

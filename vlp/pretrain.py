@@ -69,7 +69,9 @@ def pretrain(
     return train(parts, folder, device, command=command)
 
 
-def resume(folder: Path, flags: Sequence[str], device: torch.device, *, command: str = "") -> Outcome:
+def resume(
+    folder: Path, flags: Sequence[str], device: torch.device, *, command: str = "", found: Path | None = None
+) -> Outcome:
     """Go on from the newest whole checkpoint, exactly as if there had been no interruption.
 
     Args:
@@ -77,6 +79,7 @@ def resume(folder: Path, flags: Sequence[str], device: torch.device, *, command:
         flags: changed settings, which extend or change the run.
         device: of this rank.
         command: for the model card.
+        found: its newest whole checkpoint, by a caller who has looked already.
 
     Raises:
         ValueError: there is no whole checkpoint, it does not fit the changed settings, or the data changed.
@@ -84,7 +87,7 @@ def resume(folder: Path, flags: Sequence[str], device: torch.device, *, command:
     """
     if is_checkpoint(folder):
         raise ValueError(f"--resume {folder}: is one checkpoint; give the run's folder, or begin a new run with --init")
-    checkpoint, state = read_state(folder)
+    checkpoint, state = read_state(found or folder)
     run = resumed_config(checkpoint, flags)
     seen: int = state["seen"]
     say_changes(stored_config(checkpoint), run)

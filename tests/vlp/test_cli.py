@@ -166,6 +166,13 @@ def test_pretrain_leaves_a_run(run: Path) -> None:
     assert (run / "config.yaml").is_file() and (run / "metrics.jsonl").is_file()
     config = stored_config(run / "checkpoints" / "000000000016")
     assert config.train.samples == 16 and config.data.hash is not None
+    scores = json.loads((run / "retrieval" / "result.json").read_text())  # of data.val
+    assert scores["counts"] == {"samples": 32, "bad": 0} and 0 <= scores["metrics"]["t2i/R@1"] <= 1
+
+
+def test_validation_data_are_opened_before_training(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("pretrain", place / "tiny.yaml", "--out", place / "unseen", "--data.val", place / "none.csv")
+    assert "none.csv" in fails(capsys, *words) and not (place / "unseen").exists()
 
 
 def test_finished_run_is_not_trained_again(run: Path, caplog: pytest.LogCaptureFixture) -> None:
