@@ -25,7 +25,8 @@ from vlp.config import build
 from vlp.data.batch import pad_texts
 from vlp.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
 from vlp.data.transforms import EvalTransform, decode_image, rgb_tensor
-from vlp.generate import GenerationConfig, generate_text
+from vlp.generate import GenerationConfig, generate_text, trim
+from vlp.generate_masked import generate_masked, masked_writer
 from vlp.model import Model
 from vlp.passes import memory_of
 
@@ -129,16 +130,19 @@ class Loaded:
 
     def caption(self, images: Sequence[AnyImage], *, batch_size: int = 32, **generation: Any) -> list[str]:
         """Write a caption of each image; ``generation`` are fields of `GenerationConfig` (``method="beam"``)."""
-        write = self._writer("image")
-        if write is None:
+        write, by_masks = self._writer("image"), masked_writer(self.model) is not None
+        if write is None and not by_masks:
             raise ValueError(
                 f"this checkpoint cannot write captions ({self._objectives}); train it with "
-                "model.decoder.kind causal and objective lm"
+                "model.decoder.kind causal and objective lm, or with objective seq2seq_mlm"
             )
         found: list[str] = []
         for part in _parts(images, "images", batch_size):
             with torch.inference_mode():
-                found += self._write(write, self._run([Encode("image")], part, None)[Encode("image")], generation)
+                if write is None:
+                    found += self._write_by_masks(part, generation)
+                else:
+                    found += self._write(write, self._run([Encode("image")], part, None)[Encode("image")], generation)
         return found
 
     def classify(
@@ -187,6 +191,14 @@ class Loaded:
         config = build(GenerationConfig, {"max_length": room}, settings)
         ids, _ = generate_text(self.model, memory, self.tokenizer.vocabulary, config, objective=objective)
         return [self.tokenizer.decode(text) for text in ids]
+
+    def _write_by_masks(self, images: Sequence[AnyImage], settings: dict[str, Any]) -> list[str]:
+        room = min(build(GenerationConfig).max_length, self.config.data.max_length)
+        config = build(GenerationConfig, {"max_length": room}, settings)
+        words = self.tokenizer.vocabulary
+        pixels = Images(self._pixels(images).pixels.to(self.device))
+        found = trim(generate_masked(self.model, pixels, words, config).ids, 1, words.sep)
+        return [self.tokenizer.decode(text) for text in found]
 
     def _embed(self, wanted: Embed, parts: Iterator[tuple[Sequence[AnyImage] | None, Sequence[str] | None]]) -> Tensor:
         if self.model.space() is None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import tokenizer
+from PIL import Image
 from standins import GOLDENS, Weights, random_weights, stand_in, verdict
 from torch import Tensor
 from torch.nn import functional as F
@@ -325,3 +328,16 @@ def test_a_caption_is_the_same_without_a_cache(tmp_path, method: str) -> None:
     once, again = (generate_masked(model, images, SPECIAL, config, use_cache) for use_cache in (True, False))
     assert torch.equal(once.ids, again.ids)
     torch.testing.assert_close(once.scores, again.scores)
+
+
+def test_a_captioning_checkpoint_captions(tmp_path) -> None:
+    own = tokenizer()
+    loaded = replace(load(tmp_path, "captioning"), words=own)
+    loaded.model.objectives["seq2seq_mlm"].head.bias.data[own.vocabulary.size :] = -1e4  # words that it has not
+    images = [Image.new("RGB", (40, 30), (200, shade, 20)) for shade in (0, 250)]
+    how = {"method": "beam", "score_length": "whole", "length_penalty": 0.6, "max_length": 8}
+    texts = loaded.caption(images, **how)
+    assert len(texts) == 2 and all(isinstance(text, str) for text in texts)
+    assert loaded.caption(images[1:], **how) == texts[1:]
+    with pytest.raises(ValueError, match="cannot write captions"):
+        load(tmp_path, "vqa").caption(images)
