@@ -43,9 +43,9 @@ class PatchConfig(Config):
     """Epsilon of the layer norms; None = the model's own (1e-6; CLIP's 1e-5)."""
     class_token: bool = True
     """Keep the class token; without it `pooled` is the mean of the patches."""
-    pool: Literal["class", "mean", "map"] | None = None
-    """`pooled`: the class token, the mean of the patches, or what one learned query attends to (SigLIP); None = the
-    class token where there is one, else the mean."""
+    pool: Literal["class", "tanh", "mean", "map"] | None = None
+    """`pooled`: the class token, that through a dense layer and tanh (BERT's pooler), the mean of the patches, or what
+    one learned query attends to (SigLIP); None = the class token where there is one, else the mean."""
     position_resize: PositionResize = "bicubic_antialias"
     """How stored position embeddings become those of another `image_size` when weights are loaded."""
     position_size: int | None = None
@@ -109,6 +109,7 @@ class PatchEncoder(nn.Module):
         self.register_buffer("mean", _channels(self.config.mean), persistent=False)
         self.register_buffer("std", _channels(self.config.std), persistent=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.width)) if config.mask_token else None
+        self.pooler = nn.Linear(self.width, self.width) if config.pool == "tanh" else None
 
     @property
     def num_tokens(self) -> int:
@@ -119,6 +120,11 @@ class PatchEncoder(nn.Module):
     def num_prefix(self) -> int:
         """Tokens before the first patch: class and register tokens."""
         return self.vit.num_prefix_tokens
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels, strided convolutions before it included."""
+        return self.vit.patch_embed.img_size[0] // self.grid[0]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -200,6 +206,8 @@ class PatchEncoder(nn.Module):
         how = self.config.pool or ("class" if self.config.class_token else "mean")
         if how == "map":
             return self.vit.attn_pool(states, attn_mask=None if keep is None else keep[:, None, None, :])
+        if self.pooler is not None:
+            return torch.tanh(self.pooler(states[:, 0]))
         if how == "class":
             return states[:, 0]
         first = self.vit.num_prefix_tokens

@@ -17,9 +17,10 @@ from encoders.sources import local_source
 from encoders.types import Texts, Tokens
 from vlp.config import Config
 
-Pool: TypeAlias = Literal["cls", "last", "end", "largest", "eos", "mean"]
-"""How a text becomes one vector: the state of its first token; of its last real one; of the last place, padding or not
-(SigLIP); of its largest id, which is <end_of_text> in OpenAI's CLIP; of the first id `eos`; or the mean."""
+Pool: TypeAlias = Literal["cls", "tanh", "last", "end", "largest", "eos", "mean", "token"]
+"""How a text becomes one vector: the state of its first token; that through a dense layer and tanh (BERT's pooler); the
+state of its last real token; of the last place, padding or not (SigLIP); of its largest id, which is <end_of_text> in
+OpenAI's CLIP; of the first id `eos`; the mean; or the state of a learned token behind the text (CoCa, section 3.2)."""
 
 
 class StackConfig(Config):
@@ -118,6 +119,9 @@ class TextConfig(StackConfig):
     """`pooled`: the state of one token, or the mean of the real ones."""
     eos: int | None = None
     """Id whose first place `pool: eos` reads."""
+    token_sees: Literal["text", "text_late"] = "text"
+    """What the token of `pool: token` sees: the real tokens and itself, or, one place late, the real tokens and the
+    place behind the last of them, as in all published CoCas."""
     fused_first: int | None = None
     """Id that a text begins with where it is fused with an image (BLIP's [ENC]); none = its own first id."""
 
@@ -135,7 +139,7 @@ class TextEmbeddings(nn.Module):
             raise ValueError("model.text.vocabulary_size is unknown: give it or a tokenizer")
         self.offset, self.max_length = config.position_offset, config.max_length
         self.word = nn.Embedding(config.vocabulary_size, config.width)
-        rows = config.max_length + config.position_offset
+        rows = config.max_length + config.position_offset + (config.pool == "token")
         self.position = nn.Embedding(rows, config.width) if config.absolute_positions else None
         self.segment = nn.Embedding(config.segments, config.width) if config.segments else None
         self.norm = nn.LayerNorm(config.width, config.eps) if config.embed_norm else nn.Identity()
@@ -172,6 +176,8 @@ class TextEncoder(nn.Module):
         super().__init__()
         if config.pool == "eos" and config.eos is None:
             raise ValueError("model.text.pool eos needs model.text.eos, the id of the token that ends texts")
+        if config.pool == "token" and not config.causal:
+            raise ValueError("model.text.pool token needs model.text.causal true: the token stands behind the text")
         self.config, self.width, self.bare = config, config.width, config.layers == 0
         self.fused_first = config.fused_first
         self.embeddings = TextEmbeddings(config)
@@ -179,6 +185,8 @@ class TextEncoder(nn.Module):
         self.final_norm = (
             nn.LayerNorm(config.width, config.eps) if config.norm == "pre" and config.layers else nn.Identity()
         )
+        self.token = nn.Parameter(torch.full((config.width,), 0.01)) if config.pool == "token" else None
+        self.pooler = nn.Linear(config.width, config.width) if config.pool == "tanh" else None
         initialise(self)
 
     @property
@@ -199,17 +207,42 @@ class TextEncoder(nn.Module):
             load_bert(self, self.config.init, embeddings=True)
 
     def forward(self, texts: Texts, layers: bool = False) -> Tokens:
-        """Texts -> Tokens, states [T, L, D]; with ``layers`` also the embeddings' and every block's states."""
+        """Texts -> Tokens, states [T, L, D]; with ``layers`` also the embeddings' and every block's states.
+
+        With a token behind the text (``pool: token``) only that goes through the final norm: the text's own states are
+        the lower half of a decoder, and ``layers`` are [T, L + 1, D].
+        """
         kind = "causal" if self.config.causal else texts.attention
-        states = self.embeddings(texts)
-        mask = attention_mask(texts.keep, kind, texts.prefix)
+        states, keep = self.embeddings(texts), texts.keep
+        if self.token is not None:
+            states, keep = self._with_token(states, keep)
+        mask = attention_mask(keep, kind, texts.prefix)
         every = [states]
         for block in self.blocks:
             states = block(states, mask)
             every.append(states)
-        states = self.final_norm(states)
-        pooled = pool(states, texts, self.config.pool, self.config.eos)
+        if self.token is not None:
+            states, pooled = states[:, :-1], self.final_norm(states[:, -1])
+        else:
+            states = self.final_norm(states)
+            pooled = self._pool(states, texts)
         return Tokens(states, texts.keep, pooled, tuple(every) if layers else None)
+
+    def _with_token(self, states: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, L, D], [T, L] -> the same with the token behind: [T, L + 1, D], [T, L + 1]."""
+        assert self.token is not None
+        token: Tensor = self.token
+        if self.embeddings.position is not None:
+            token = token + self.embeddings.position.weight[states.shape[1]]
+        states = torch.cat([states, token.to(states.dtype).expand(len(states), 1, -1)], 1)
+        seen = torch.ones_like(keep[:, :1])
+        # Attention is causal, so a key that is shown one place late is first seen by the place behind the text.
+        return states, torch.cat([keep, seen] if self.config.token_sees == "text" else [seen, keep], 1)
+
+    def _pool(self, states: Tensor, texts: Texts) -> Tensor:
+        if self.pooler is not None:
+            return torch.tanh(self.pooler(states[:, 0]))
+        return pool(states, texts, self.config.pool, self.config.eos)
 
 
 def pool(states: Tensor, texts: Texts, how: Pool, eos: int | None = None) -> Tensor:

@@ -27,6 +27,10 @@ class Images:
     """[B, P] bool, patches that hold image (None = all)."""
     masked: Tensor | None = None
     """[B, P] bool, patches to replace by the mask token (None = none)."""
+    masked_at: Tensor | None = None
+    """[K] int64 flat positions b * P + p of these, padded with -1 to a multiple of 8 (no boolean indexing)."""
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+    """What is to be predicted of the patches, by name: "codes" [B, P] int64, or "codebook_pixels" [B, 3, h, w]."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from objectives.classify import ClassifyConfig
 from objectives.itc import ItcConfig
 from objectives.itm import ItmConfig
 from objectives.lm import LmConfig
+from objectives.mim import MimConfig
 from objectives.mlm import MlmConfig
 from objectives.mrm import MrmConfig
 from objectives.pair_attention import PairAttentionConfig
@@ -23,6 +24,7 @@ ObjectiveConfig: TypeAlias = Annotated[
     | SigmoidConfig
     | ItmConfig
     | MlmConfig
+    | MimConfig
     | LmConfig
     | AnswerConfig
     | AssignConfig

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from encoders.codebook import Codebook
 from encoders.types import AttentionKind, Batch, Modality, Tokens, Vocabulary
 
 MAIN = "main"
@@ -177,6 +178,14 @@ class ViewText:
     prefix: int | None = None
 
 
+class ImageView(Protocol):
+    """Which patches of an image are hidden: a small frozen, picklable object."""
+
+    def make(self, generator: np.random.Generator) -> np.ndarray:
+        """Return which patches are hidden, [P] bool; ``generator`` is keyed by (seed, view name, sample position)."""
+        ...
+
+
 class View(Protocol):
     """How a text view is made on the host from the tokenised caption: a small frozen, picklable object."""
 
@@ -233,6 +242,10 @@ class ModelSpec:
     """Image tokens before the first patch (the class token)."""
     image_width: int | None = None
     """Width of the image states after fusion; None where the fusion gives none."""
+    image_grid: tuple[int, int] | None = None
+    """Rows and columns of an image's patches; None where it has none."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
     feature_projection: nn.Parameter | None = None
     """[D, F] that regions' features go through in the vision encoder, for tied heads."""
 
@@ -248,11 +261,13 @@ class Results(dict[Pass, Any]):
     """The rows that objectives gave in this step, by name."""
     teacher_heads: Mapping[str, nn.Module] | nn.ModuleDict
     """The momentum copies of objectives' heads, by objective; empty without a teacher."""
+    codebook: Codebook | None
+    """What names patches by codes, where the model has one."""
 
     def __init__(self, scales: Mapping[str, Tensor] | None = None, biases: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.scales, self.biases = scales or {}, biases or {}
-        self.rows, self.teacher_heads = {}, {}
+        self.rows, self.teacher_heads, self.codebook = {}, {}, None
 
     def teacher_head(self, objective: str) -> nn.Module:
         """Return the momentum copy of an objective's head."""
@@ -275,11 +290,14 @@ class Objective(nn.Module):
     """Its name in the model, which sets it."""
     one_modality = False
     """Whether it is meant for one modality alone, so that a model of it need not read the other."""
+    unpaired = False
+    """Whether only batches of one modality train it, and pairs do not."""
 
     def __init__(self) -> None:
         super().__init__()
         self.needs: frozenset[Pass] = frozenset()
         self.views: dict[str, View] = {}
+        self.image_views: dict[str, ImageView] = {}
 
     def rows(self, results: Results, batch: Batch, draw: Draw) -> dict[str, Rows]:
         """Return the pairs of this step that its ``Fuse(rows=name)`` passes ask for, by name; embeds are ready."""

@@ -23,7 +23,7 @@ from encoders.types import Batch
 from objectives.base import MAIN, Draw, Embed, LossOutput, ModelSpec, Objective, Results, Side
 from objectives.collectives import gather_grad_to_all, gather_no_grad
 from objectives.distill import DistillConfig
-from objectives.pairs import Pairing, Positives, find_pairs, true_pairs, true_queued
+from objectives.pairs import Pairing, Positives, find_pairs, image_of_text, matched, true_pairs, true_queued
 from objectives.queue import PairQueue
 
 
@@ -43,6 +43,8 @@ class ItcConfig(DistillConfig):
     """Largest logit scale, the inverse of the smallest temperature."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is spread evenly over all candidates (ALIGN 0.1)."""
+    matched: bool = False
+    """Of the pairs only the true ones have a loss, by ``targets["match"]``; all are candidates (FLAVA)."""
     queue: int = Field(0, ge=0)
     """Earlier pairs, over all ranks, whose embeds by the teacher are candidates too (ALBEF 65,536, BLIP 57,600)."""
 
@@ -70,8 +72,19 @@ class Itc(Objective):
             self.needs |= {self.image_taught, self.text_taught}
         self._new: dict[int, tuple[Tensor, Tensor, Pairing]] = {}
 
-    def count(self, batch: Batch) -> float:
-        return float(batch.num_images)
+    def count(self, batch: Batch) -> Tensor | float:
+        if not self.config.matched:
+            return float(batch.num_images)
+        return self._weights(batch)[0].sum()
+
+    @staticmethod
+    def _weights(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Whether images [B] and texts [T] have a loss, 1 or 0: an image with a true text does."""
+        true = matched(batch).float()
+        if batch.image_of_text is None:
+            return true, true
+        own = image_of_text(batch, true.device)
+        return true.new_zeros(batch.num_images).index_add(0, own, true).clamp(max=1), true
 
     def chance(self, candidates: int) -> float:
         return math.log(candidates + self.config.queue)
@@ -119,7 +132,9 @@ class Itc(Objective):
             with torch.no_grad():
                 image_target = image_target.lerp(similarities(seen_image, all_text, scale).softmax(1), mix)
                 text_target = text_target.lerp(similarities(seen_text, all_image, scale).softmax(1), mix)
-        loss = (contrastive(image_logits, image_target) + share * contrastive(text_logits, text_target)) / 2
+        image_weight, text_weight = self._weights(batch) if self.config.matched else (None, None)
+        by_text_loss = contrastive(text_logits, text_target, text_weight)
+        loss = (contrastive(image_logits, image_target, image_weight) + share * by_text_loss) / 2
         metrics = {"accuracy": top1(image_logits, by_image), "scale": scale.detach().exp()[0]}
         return LossOutput(loss, metrics)
 
@@ -149,9 +164,10 @@ def evenly(true: Tensor, smoothing: float = 0.0) -> Tensor:
     return target if smoothing == 0 else target * (1 - smoothing) + smoothing / target.shape[1]
 
 
-def contrastive(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the mean cross-entropy of ``logits`` [R, C] against ``target`` [R, C]."""
-    return -(target.to(logits.dtype) * logits.float().log_softmax(1)).sum(1).mean()
+def contrastive(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Return the mean cross-entropy of ``logits`` [R, C] against ``target`` [R, C], of the rows of ``weight`` [R] 1."""
+    terms = -(target.to(logits.dtype) * logits.float().log_softmax(1)).sum(1)
+    return terms.mean() if weight is None else (terms * weight).sum() / weight.sum().clamp(min=1)
 
 
 @torch.no_grad()

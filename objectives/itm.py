@@ -8,6 +8,7 @@ Shapes: B images, T texts, M rows, C candidates.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -35,7 +36,7 @@ class ItmConfig(Config):
     with probability 0.5 (UNITER, ViLT, METER). `given`: the data have false pairs, too, and ``targets["match"]`` [T]
     says which are true (VisualBERT, ViLBERT, LXMERT)."""
     masked: bool = False
-    """Read given pairs with the words and regions hidden that other objectives hide (ViLBERT, LXMERT)."""
+    """Read pairs with the words, regions and patches hidden that other objectives hide (ViLBERT, LXMERT, FLAVA)."""
     candidates: Literal["microbatch"] = "microbatch"
     """Where negatives come from: the batch that one rank runs at a time."""
     exclude: Positives = "id_or_caption"
@@ -79,9 +80,10 @@ class Itm(Objective):
         initialise(self)
         self.given = config.scheme == "given"
         self.pairs = Fuse("masked", "masked") if config.masked else Fuse()
-        self.needs = frozenset({self.pairs if self.given else Fuse(rows="itm")})
+        self.drawn = replace(self.pairs, rows="itm")
+        self.needs = frozenset({self.pairs if self.given else self.drawn})
         if config.scheme == "both":
-            self.needs |= {Fuse()}
+            self.needs |= {self.pairs}
         if hard and not self.given:
             self.needs |= {Embed("image"), Embed("text")}
 
@@ -148,14 +150,14 @@ class Itm(Objective):
             return LossOutput(loss.mean(), {"accuracy": right.mean()})
         drawn: Rows = results.rows["itm"]
         own = image_of_text(batch, drawn.image_index.device)
-        logits = self.head(results[Fuse(rows="itm")].pooled)
+        logits = self.head(results[self.drawn].pooled)
         if self.config.scheme == "replace_image":
             label = (drawn.image_index == own).long()
             weight = torch.ones_like(logits[:, 0])
         else:
             text = torch.arange(own.shape[0], device=own.device)
             found = (drawn.image_index != own.repeat(2)) | (drawn.text_index != text.repeat(2))
-            logits = torch.cat([self.head(results[Fuse()].pooled), logits])
+            logits = torch.cat([self.head(results[self.pairs].pooled), logits])
             label = torch.cat([torch.ones_like(own), torch.zeros_like(drawn.image_index)])
             weight = torch.cat([torch.ones_like(own, dtype=logits.dtype), found.to(logits.dtype)])
         loss, right = match_terms(logits, label)

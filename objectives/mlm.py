@@ -21,6 +21,7 @@ from encoders.types import AttentionKind, Batch, Tokens, Vocabulary
 from objectives.base import Draw, Encode, Fuse, Fused, LossOutput, ModelSpec, Objective, Results, Side, ViewText
 from objectives.distill import DistillConfig, Taught, soft_cross_entropy
 from objectives.heads import WordHead, labelled, word_head
+from objectives.pairs import matched
 
 
 class MlmConfig(DistillConfig):
@@ -43,6 +44,10 @@ class MlmConfig(DistillConfig):
     """Epsilon of the norm inside BERT's prediction head; none = the text encoder's."""
     alone: bool = False
     """Read the text without its image also where there is a fusion (VLMo's text stage, FLAVA's texts)."""
+    unpaired: bool = False
+    """Only texts without images train it, so that it is alone (FLAVA, whose pairs train MMM instead)."""
+    matched: bool = False
+    """Of the pairs only the true ones train it, by ``targets["match"]`` (FLAVA)."""
     image: Literal["clean", "masked"] = "clean"
     """The image beside it: the whole one, or that with hidden regions (ViLBERT, LXMERT)."""
     image_labels: bool = False
@@ -97,8 +102,8 @@ class Mlm(Objective):
     def __init__(self, config: MlmConfig, spec: ModelSpec) -> None:
         super().__init__()
         self.config, self.vocabulary_size = config, spec.vocabulary_size
-        self.one_modality = config.alone
-        self.fused = spec.fusion != "none" and not config.alone
+        self.one_modality, self.unpaired = config.alone or config.unpaired, config.unpaired
+        self.fused = spec.fusion != "none" and not self.one_modality
         tied = spec.word_embedding if config.tied else None
         eps = spec.text_eps if config.eps is None else config.eps
         self.head = word_head(
@@ -111,19 +116,24 @@ class Mlm(Objective):
         self.views = {"masked": MaskedView(config.mask_probability, config.whole_word)}
 
     def count(self, batch: Batch) -> Tensor:
-        return count_labels(batch, "masked")
+        return (self._labels(batch) != -100).sum()
+
+    def _labels(self, batch: Batch) -> Tensor:
+        """[T, L], without those of false pairs where they do not count."""
+        labels = batch.texts["masked"].labels
+        assert labels is not None
+        return torch.where(matched(batch)[:, None], labels, -100) if self.config.matched and self.fused else labels
 
     def chance(self, candidates: int) -> float:
         return math.log(self.vocabulary_size)
 
     def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
         """Cross-entropy over the vocabulary, mean over the masked positions."""
-        text = batch.texts["masked"]
-        assert text.labels is not None
-        taught = None
+        text, taught = batch.texts["masked"], None
         if self.taught is not None and (share := self.config.share(batch.seen)):
             taught = Taught(results.teacher_head(self.name), self._read(results[self.taught]), share)
-        return word_loss(self.head, self._read(results[self.states]), text.labels, text.label_at, taught=taught)
+        labels = self._labels(batch)
+        return word_loss(self.head, self._read(results[self.states]), labels, text.label_at, taught=taught)
 
     def _read(self, found: Fused | Tokens) -> Tensor:
         """States that the labels are of, [T, L, D]."""

@@ -25,6 +25,19 @@ def image_of_text(batch: Batch, device: torch.device) -> Tensor:
     return index if index.dim() == 1 else index[:, 0]
 
 
+def matched(batch: Batch) -> Tensor:
+    """Return which texts belong to their image, [T] bool, where the data have false pairs (``targets["match"]``).
+
+    Where none does, all count (as in FLAVA), and so they do in a batch without false pairs.
+    """
+    found = batch.targets.get("match")
+    if found is None:
+        device = next(iter(batch.texts.values())).ids.device
+        return torch.ones(batch.num_texts, dtype=torch.bool, device=device)
+    true = found != 0
+    return true | ~true.any()
+
+
 @dataclass(frozen=True)
 class Pairing:
     """How this rank's images and texts are paired, and the candidates they are compared with."""

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from encoders import AnyTextConfig, PatchConfig, TextConfig, VisionConfig
+from encoders.codebook import Codebook, CodebookConfig
 from encoders.region import RegionEncoder
 from encoders.types import Batch, Modality
 from objectives import ObjectiveConfig
@@ -26,6 +27,7 @@ from objectives.base import (
     Embed,
     Encode,
     Fuse,
+    ImageView,
     LossOutput,
     ModelSpec,
     Objective,
@@ -64,6 +66,8 @@ class ModelConfig(Config):
     """Writes text; none = the model does not generate."""
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
     """Common space of image and text."""
+    codebook: CodebookConfig | None = None
+    """Names patches by codes for mim, frozen; none = the data bring the codes, or there is no need."""
     momentum: float = Field(0.995, ge=0, le=1)
     """Share of the momentum teacher's weights that a step keeps, where an objective has a teacher (ALBEF, BLIP)."""
 
@@ -124,6 +128,8 @@ class Model(nn.Module):
                     self.fusion = fusion.build(*widths, reads)
         with part_seed(seed, "decoder"):
             self.decoder = self._build_decoder(config)
+        with part_seed(seed, "codebook"):
+            self.codebook: Codebook | None = None if config.codebook is None else config.codebook.build()
         with part_seed(seed, "embed"):
             self.embed = self._build_embed(config.embed) if trains_embed else nn.ModuleDict()
         spec = self._spec(config, trains_embed)
@@ -178,7 +184,9 @@ class Model(nn.Module):
         """Return empty results that know the spaces' temperatures and biases."""
         spaces = dict(self.embed.items())
         biases = {name: one.logit_bias for name, one in spaces.items() if one.logit_bias is not None}
-        return Results({name: one.logit_scale for name, one in spaces.items()}, biases)  # type: ignore[arg-type, misc]
+        results = Results({name: one.logit_scale for name, one in spaces.items()}, biases)  # type: ignore[arg-type, misc]
+        results.codebook = self.codebook
+        return results
 
     def _tower_width(self, modality: Modality) -> int:
         part = self.vision if modality == "image" else self.text
@@ -206,6 +214,8 @@ class Model(nn.Module):
             image_tower_width=self._tower_width("image"),
             image_prefix=getattr(self.vision, "num_prefix", 1),
             image_width=getattr(fusion, "image_width", None),
+            image_grid=getattr(self.vision, "grid", None),
+            patch_size=getattr(self.vision, "patch_size", 16),
             feature_projection=getattr(self.vision, "feature_projection", None),
         )
 
@@ -302,6 +312,22 @@ class Model(nn.Module):
                     )
         return found
 
+    def image_views(self) -> dict[str, ImageView]:
+        """Return how the image views of all objectives are made.
+
+        Raises:
+            ValueError: two objectives ask for the same name with different definitions.
+        """
+        found: dict[str, ImageView] = {}
+        for name, objective in self._objectives():
+            for view_name, view in objective.image_views.items():
+                if found.setdefault(view_name, view) != view:
+                    raise ValueError(
+                        f"objective {name} asks for another image view {view_name!r} than an objective before it; "
+                        "give both the same settings"
+                    )
+        return found
+
     def run(
         self, passes: Iterable[Pass], batch: Batch, layers: bool = False, rows: Mapping[str, Rows] | None = None
     ) -> Results:
@@ -353,9 +379,15 @@ class Model(nn.Module):
         if unknown := [name for name in wanted if name not in known]:
             raise ValueError(f"unknown objectives {unknown}; the model has {sorted(known)}")
         missing = {m for m, given in (("image", batch.images), ("text", batch.texts)) if not given}
-        found = {name: known[name] for name in wanted if not any(views(known[name].needs)[m] for m in missing)}  # type: ignore[index]
+        found = {
+            name: known[name]
+            for name in wanted
+            if not any(views(known[name].needs)[m] for m in missing)  # type: ignore[index]
+            and (missing or not known[name].unpaired)
+        }
         if wanted and not found:
-            raise ValueError(f"no objective of {wanted} can use a batch without {' and '.join(sorted(missing))}")
+            what = f"without {' and '.join(sorted(missing))}" if missing else "of pairs"
+            raise ValueError(f"no objective of {wanted} can use a batch {what}")
         return found
 
     def counts(self, batch: Batch, names: Iterable[str] | None = None) -> dict[str, Tensor]:

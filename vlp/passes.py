@@ -121,8 +121,16 @@ class Step:
                 assert isinstance(read, Texts)
                 ids = torch.cat([torch.full_like(read.ids[:, :1], first), read.ids[:, 1:]], 1)
                 read = replace(read, ids=ids)
-            self._read[key] = encoder(read, layers=self.layers)
+            self._read[key] = encoder(read, layers=self.layers or getattr(self.model.fusion, "before_norm", False))
         return self._read[key]
+
+    def _fused_tower(self, modality: Modality, view: str, first: int | None = None) -> Tokens:
+        """What the fusion reads of a tower: its states, before their last norm where it wants them so."""
+        tokens = self._tower(modality, view, first)
+        if not getattr(self.model.fusion, "before_norm", False):
+            return tokens
+        assert tokens.layers is not None
+        return replace(tokens, states=tokens.layers[-1])
 
     def _encode(self, name: Encode) -> Tokens:
         tokens = self._tower(name.modality, name.view)
@@ -141,7 +149,8 @@ class Step:
         space = self.model.space(name.branch)
         if space is None:
             raise ValueError("this model has no contrastive embedding; pretrain it with objective itc")
-        return space(name.modality, self.results[Encode(name.modality, name.view, name.branch, name.teacher)].pooled)
+        tokens: Tokens = self.results[Encode(name.modality, name.view, name.branch, name.teacher)]
+        return space(name.modality, tokens.pooled if space.reads == "pooled" else tokens.states[:, 0])
 
     def _attention(self, view: str | None) -> tuple[AttentionKind, Tensor | None]:
         text = None if view is None else self.batch.texts.get(view)
@@ -189,14 +198,14 @@ class Step:
             rows = self._rows(one)
             if one.text is not None:
                 first_id = getattr(self.model.text, "fused_first", None) if one.image is not None else None
-                text = self._tower("text", one.text, first_id)
+                text = self._fused_tower("text", one.text, first_id)
                 parts.append(text if rows.text is None else take(text, rows.text))
                 sizes.append(parts[-1].states.shape[0])
                 prefix = self.batch.texts[one.text].prefix
                 if kind == "prefix" and prefix is not None:
                     prefixes.append(prefix if rows.text is None else prefix[rows.text])
             if one.image is not None:
-                own = self._tower("image", one.image).states
+                own = self._fused_tower("image", one.image).states
                 if one.text is None:
                     sizes.append(own.shape[0])
                 index = rows.image
@@ -217,7 +226,7 @@ class Step:
         for view in names:
             if view not in first:
                 first[view] = sum(part.states.shape[0] for part in parts)
-                parts.append(self._tower("image", view))
+                parts.append(self._fused_tower("image", view))
         return _concatenate(parts), first
 
 

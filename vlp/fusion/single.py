@@ -26,6 +26,16 @@ class SingleStreamConfig(BesideConfig):
     kind: Literal["single_stream"] = "single_stream"
     modality_embedding: bool = True
     """Add a learned vector that tells image from text tokens."""
+    before_norm: bool = False
+    """Read the towers' states before their last norm (FLAVA, section 3)."""
+    project: Literal["widths", "both", "image_norm"] = "widths"
+    """Which sides are projected: those of another width; both (FLAVA); or the image, with a norm behind (GIT)."""
+    project_eps: float = 1e-5
+    """Epsilon of that norm."""
+    class_token: bool = False
+    """A class token of the fusion's own before all others, which `pooled` reads (FLAVA)."""
+    mask_text: bool = True
+    """Padding of texts is hidden; torchmultimodal's FLAVA, which has no mask here, shows it."""
     pooler: PoolerKind = "tanh"
     """How `pooled` is made."""
     images: ImagesPerText = "one"
@@ -48,8 +58,17 @@ class SingleStream(nn.Module):
         super().__init__()
         self.config, stack = config, config.stack
         self.text_width = self.image_width = width = stack.width
-        self.image_project = nn.Linear(image_width, width) if image_width != width else nn.Identity()
-        self.text_project = nn.Linear(text_width, width) if text_width != width else nn.Identity()
+        self.before_norm, both = config.before_norm, config.project == "both"
+        self.image_project: nn.Module = nn.Linear(image_width, width) if both or image_width != width else nn.Identity()
+        self.text_project = nn.Linear(text_width, width) if both or text_width != width else nn.Identity()
+        if config.project == "image_norm":
+            self.image_project = nn.Sequential(nn.Linear(image_width, width), nn.LayerNorm(width, config.project_eps))
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if config.class_token else None
+        if config.class_token and config.pooler not in ("cls", "tanh", "relu"):
+            raise ValueError(
+                f"model.fusion.pooler {config.pooler} reads both sides, but model.fusion.class_token true is read "
+                "instead of them; use cls, tanh or relu"
+            )
         self.modality = modality_table(width, config.images) if config.modality_embedding else None
         self.order = nn.Parameter(torch.zeros(2, width)) if config.images == "pair" else None
         self.blocks = nn.ModuleList(stack.block() for _ in range(stack.layers))
@@ -109,8 +128,14 @@ class SingleStream(nn.Module):
                 of_image = tokens is image
                 states = states + (image_modality(self.modality, number) if of_image else self.modality.weight[1])
             parts.append(states)
-            keeps.append(states.new_ones(states.shape[:2], dtype=torch.bool) if keep is None else keep)
+            if keep is None or (tokens is text and not self.config.mask_text):
+                keep = states.new_ones(states.shape[:2], dtype=torch.bool)
+            keeps.append(keep)
         num_image = parts[0].shape[1] if image is not None else 0
+        if self.class_token is not None:
+            num_image += 1
+            parts.insert(0, self.class_token.to(parts[0].dtype).expand(len(parts[0]), -1, -1))
+            keeps.insert(0, torch.ones_like(keeps[0][:, :1]))
         keep = torch.cat(keeps, 1)
         mask = self._mask(keep, num_image, attention, prefix)
         states = torch.cat(parts, 1)
@@ -151,5 +176,6 @@ class SingleStream(nn.Module):
             text = Tokens(states[:, num_image:], keep[:, num_image:], states[:, num_image], layers)
         pooled = states.new_zeros(states.shape[0], 0)
         if self.pooler is not None:
-            pooled = self.pooler(image.pooled if image else None, text.pooled if text else None)
+            own = None if self.class_token is None else states[:, 0]
+            pooled = self.pooler(image.pooled if image else None, text.pooled if text and own is None else own)
         return Fused(image, text, pooled)

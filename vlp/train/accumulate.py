@@ -104,7 +104,10 @@ def contrast_step(
             objective = model.objectives[name]
             assert isinstance(objective, Objective)
             outputs[name] = objective(seen, joined, draws[0])
-            counts[name] = torch.full((), float(objective.count(joined)), device=embeds[0].device)
+            count = objective.count(joined)
+            counts[name] = (
+                count.float() if isinstance(count, Tensor) else torch.full((), count, device=embeds[0].device)
+            )
             weighted = model.weights[name] * outputs[name].loss * counts[name]
             terms.append(weighted * world_size() / totals[name].clamp(min=1))
     branches = sorted({one.branch for one in passes})
@@ -140,11 +143,19 @@ def join_pairs(batches: Sequence[Batch]) -> Batch:
         image_of_text=index,
         image_id=_join([b.image_id for b in batches]),
         caption_id=_join([b.caption_id for b in batches]),
+        targets=_join_match(batches),
         position=_join([b.position for b in batches]),
         source=first.source,
         seen=first.seen,
         counts=_join_counts(batches),
     )
+
+
+def _join_match(batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Which pairs are true, where the data have false ones."""
+    if any("match" not in b.targets for b in batches):
+        return {}
+    return {"match": torch.cat([b.targets["match"] for b in batches])}
 
 
 def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
