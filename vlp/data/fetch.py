@@ -123,7 +123,7 @@ class Fetch(Dataset[Fetched]):
         said = [text for sample in samples for text in (*sample.texts, *_strings(sample.fields))]
         generator = self.draw.sample("augment", position)
         images = tuple(self.transform(image, generator, said) for image in samples[0].images)
-        examples = []
+        examples: list[Example] = []
         for number, sample in enumerate(samples):
             if self.config.alternates is not None:
                 sample = self._alternate(sample, self.config.alternates, position, number)
