@@ -127,6 +127,10 @@ class RegionEncoder(nn.Module):
                 )
             self.segment = theirs.segment
         if config.positions:
+            if theirs.position is None:
+                raise ValueError(
+                    "model.vision.positions true needs model.text.absolute_positions true; set it, or positions false"
+                )
             self.aligned = theirs.position
 
     def load_pretrained(self) -> None:

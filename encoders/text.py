@@ -111,6 +111,8 @@ class TextConfig(StackConfig):
     """Add a position embedding; off where attention knows the distances (VLMo)."""
     segments: int = 2
     """Rows of the token-type embedding; 0 = none (BLIP, CLIP)."""
+    train_first_rows: bool = True
+    """Train the rows of position and segment 0, which LXMERT takes for padding and leaves as they are."""
     embed_norm: bool = True
     """Layer norm after the embeddings (BERT); off for CLIP."""
     causal: bool = False
@@ -140,8 +142,9 @@ class TextEmbeddings(nn.Module):
         self.offset, self.max_length = config.position_offset, config.max_length
         self.word = nn.Embedding(config.vocabulary_size, config.width)
         rows = config.max_length + config.position_offset + (config.pool == "token")
-        self.position = nn.Embedding(rows, config.width) if config.absolute_positions else None
-        self.segment = nn.Embedding(config.segments, config.width) if config.segments else None
+        fixed = None if config.train_first_rows else 0
+        self.position = nn.Embedding(rows, config.width, fixed) if config.absolute_positions else None
+        self.segment = nn.Embedding(config.segments, config.width, fixed) if config.segments else None
         self.norm = nn.LayerNorm(config.width, config.eps) if config.embed_norm else nn.Identity()
         self.drop = nn.Dropout(config.dropout)
 

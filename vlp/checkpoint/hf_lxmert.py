@@ -90,6 +90,7 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
                     "vocabulary_size": words,
                     "max_length": length,
                     "segments": shapes["embeddings.token_type_embeddings.weight"][0],
+                    "train_first_rows": False,
                 },
                 "fusion": {"kind": "sublayers", "sublayers": sublayers, "layers": language + cross, "pooler": "tanh"},
             },
