@@ -1,0 +1,160 @@
+"""transformers' ViLT: recorded cases, and its own classes at random sizes, in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from standins import GOLDENS, verdict
+from torch import Tensor
+from transformers import (
+    ViltConfig,
+    ViltForImageAndTextRetrieval,
+    ViltForImagesAndTextClassification,
+    ViltForMaskedLM,
+    ViltForQuestionAnswering,
+    ViltModel,
+)
+from two_towers import randomise, texts, write_case
+
+import vlp
+from scripts.goldens.base import Case
+
+RECORDED = ["hf_vilt", "hf_vilt_mlm", "hf_vilt_vqa"]
+SIZES: list[dict[str, Any]] = [
+    {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "patch_size": 8, "image_size": 48},
+    {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "patch_size": 4, "image_size": 20,
+     "hidden_act": "quick_gelu", "layer_norm_eps": 1e-6, "type_vocab_size": 3},
+    {"hidden_size": 32, "num_attention_heads": 8, "num_hidden_layers": 3, "patch_size": 16, "image_size": 64,
+     "hidden_act": "gelu_new", "intermediate_size": 50, "max_position_embeddings": 12},
+]  # fmt: skip
+CLASSES = {
+    "hf_vilt": ViltModel,
+    "hf_vilt_mlm": ViltForMaskedLM,
+    "hf_vilt_vqa": ViltForQuestionAnswering,
+    "hf_vilt_itr": ViltForImageAndTextRetrieval,
+    "hf_vilt_nlvr2": ViltForImagesAndTextClassification,
+}
+WORDS = 99
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded(name: str) -> None:
+    found = verdict(Case(GOLDENS / name))
+    assert found.passed, found.line()
+    assert found.compared > 0.7 * found.recorded, "the rest is padding"
+
+
+@pytest.fixture(autouse=True)
+def patches_in_order() -> Iterator[None]:
+    """transformers draws the order of the patches."""
+
+    def first(weights: Tensor, number: Any, replacement: bool = False) -> Tensor:
+        return torch.arange(int(number)) % len(weights)
+
+    with mock.patch.object(torch, "multinomial", first):
+        yield
+
+
+def build(name: str, sizes: dict[str, Any], seed: int) -> Any:
+    more = {"modality_type_vocab_size": 3, "num_images": 2} if name == "hf_vilt_nlvr2" else {}
+    labels = {"hf_vilt_vqa": 7, "hf_vilt_nlvr2": 2}.get(name)
+    config = ViltConfig(
+        **{"vocab_size": WORDS, "intermediate_size": 40, "max_position_embeddings": 16, **sizes, **more},
+        **({} if labels is None else {"id2label": {n: f"answer {n}" for n in range(labels)}}),
+    )
+    return randomise(CLASSES[name](config), seed)
+
+
+def inputs(name: str, config: ViltConfig, seed: int) -> dict[str, Tensor]:
+    """Texts and images of unlike sizes, some larger than those the positions are of."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, keep = texts(3, 10, pad=0, end=98, seed=seed)
+    images, side = 6 if name == "hf_vilt_nlvr2" else 3, config.patch_size
+    grids = torch.randint(1, 7, (images, 2), generator=generator)
+    grids[0] = torch.tensor([6, 5])
+    height, width = (grids.max(0).values * side).tolist()
+    mask = torch.zeros(images, height, width, dtype=torch.long)
+    for row, (rows, columns) in enumerate(grids.tolist()):
+        mask[row, : rows * side, : columns * side] = 1
+    pixels = torch.randn(images, 3, height, width, generator=generator) * mask[:, None]
+    if name == "hf_vilt_nlvr2":
+        pixels, mask = pixels.unflatten(0, (3, 2)), mask.unflatten(0, (3, 2))
+    segments = torch.randint(0, config.type_vocab_size, ids.shape, generator=generator)
+    given = {"input_ids": ids, "attention_mask": keep, "token_type_ids": segments}
+    given |= {"pixel_values": pixels, "pixel_mask": mask}
+    if name == "hf_vilt_mlm":
+        given["labels"] = ids.where((torch.arange(10) % 3 == 1) & (keep == 1), -100)
+    if name == "hf_vilt_vqa":
+        given["labels"] = torch.rand(3, 7, generator=generator)
+    if name == "hf_vilt_nlvr2":
+        given["labels"] = torch.tensor([1, 0, 1])
+    return given
+
+
+def reference_case(folder: Path, name: str, model: Any, given: dict[str, Tensor]) -> Case:
+    """What transformers says of these inputs, as a case."""
+    found = model(**given, output_hidden_states=name == "hf_vilt")
+    if name == "hf_vilt":
+        image = given["pixel_mask"][:, :: model.config.patch_size, :: model.config.patch_size].flatten(1)
+        image = image.sort(descending=True, stable=True).values[:, : int(image.sum(1).max())]
+        joint = torch.cat([given["attention_mask"], torch.ones_like(image[:, :1]), image], 1)
+        outputs = {"last_hidden_state": found.last_hidden_state, "pooler_output": found.pooler_output}
+        outputs |= {"joint_mask": joint} | {f"hidden_states.{n}": x for n, x in enumerate(found.hidden_states)}
+        loss = found.pooler_output.square().sum() * 0
+    else:
+        outputs = {"logits": found.logits} | ({"loss": found.loss} if "labels" in given else {})
+        loss = found.logits.sum() * 0 if found.loss is None else found.loss
+    case = write_case(folder, given, outputs, loss, model, {"reference": type(model).__name__})
+    if "loss" not in outputs:
+        (folder / "grad_norms.json").unlink()
+    return case
+
+
+@pytest.mark.parametrize("sizes", range(len(SIZES)))
+@pytest.mark.parametrize("name", CLASSES)
+def test_in(tmp_path: Path, name: str, sizes: int) -> None:
+    model = build(name, SIZES[sizes], seed=sizes)
+    folder = tmp_path / name
+    model.save_pretrained(folder)
+    found = verdict(reference_case(folder, name, model, inputs(name, model.config, seed=sizes)))
+    assert found.passed, found.line()
+    assert found.compared > 0.3 * found.recorded
+
+
+def test_what_transformers_4_stored(tmp_path: Path) -> None:
+    """Buffers, and the bias of the words twice; words of their own, as the authors' were."""
+    model = build("hf_vilt_mlm", SIZES[0], 0)
+    model.save_pretrained(tmp_path)
+    before = vlp.load(tmp_path).model.state_dict()
+    state = load_file(tmp_path / "model.safetensors")
+    state["vilt.embeddings.text_embeddings.position_ids"] = torch.arange(16)[None]
+    state["mlm_score.bias"] = state["mlm_score.decoder.bias"].clone()
+    words = state["vilt.embeddings.text_embeddings.word_embeddings.weight"]
+    state["mlm_score.decoder.weight"] = words.flip(0).contiguous()
+    save_file(state, tmp_path / "model.safetensors")
+    loaded = vlp.load(tmp_path)
+    assert {name.split(" ")[0] for name in loaded.report.ignored} == {
+        "vilt.embeddings.text_embeddings.position_ids", "mlm_score.bias",
+        "vilt.pooler.dense.weight", "vilt.pooler.dense.bias",
+    }  # fmt: skip
+    after = loaded.model.state_dict()
+    assert torch.equal(after["objectives.mlm.head.decoder.weight"], words.flip(0))
+    changed = "objectives.mlm.head.decoder.weight"
+    assert all(torch.equal(after[name], one) for name, one in before.items() if name != changed)
+
+
+def test_labels_are_answers(tmp_path: Path) -> None:
+    build("hf_vilt_vqa", SIZES[0], 0).save_pretrained(tmp_path)
+    assert vlp.load(tmp_path).config.objectives["answer"].answers == tuple(f"answer {n}" for n in range(7))
+
+
+def test_queries_without_bias_are_refused(tmp_path: Path) -> None:
+    build("hf_vilt", SIZES[0] | {"qkv_bias": False}, 0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="qkv_bias false"):
+        vlp.load(tmp_path)
