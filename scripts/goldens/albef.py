@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from downstream.metrics.retrieval import topk_chunked
 from encoders.types import Batch, Images, Texts
-from objectives.base import Decode, Embed, Encode, Fuse, Pass
+from objectives.base import Decode, Embed, Encode, Fuse, Pass, Rows
 from scripts.goldens.base import Adapter, Case, Output, Ran
 from vlp.loaded import Loaded
 from vlp.rank import rank_answers, share_probability
@@ -238,7 +239,72 @@ VQA_RANK = Adapter(
     config=config,
 )
 
+# Retrieval as the repository evaluates it: the k best by embeddings, ranked by the matching head's second output.
+
+IMAGE_OF_TEXT = {"i2t": torch.tensor([0, 0, 1, 1, 2, 3]), "t2i": torch.tensor([0, 0, 1, 1, 2, 2])}
+"""The case's own pairing, which differs between its directions."""
+
+
+def match_scores(ran: Ran, images_ask: bool) -> Tensor:
+    """The matching logits of each query's candidates, -100 elsewhere."""
+    image, text = ran[Embed("image")], ran[Embed("text")]
+    queries, keys = (image, text) if images_ask else (text, image)
+    _, best = topk_chunked(queries, keys, ran.case.config.get("k_test", 3))
+    query, key = torch.arange(len(queries)).repeat_interleave(best.shape[1]), best.flatten()
+    rows = Rows(*((query, key) if images_ask else (key, query)))
+    fused = ran.model.run([Fuse(rows="search")], ran.batch, rows={"search": rows})[Fuse(rows="search")]
+    found = torch.full((len(queries), len(keys)), -100.0)
+    found[query, key] = ran.head("itm", fused.pooled)[:, 1]
+    return found
+
+
+def recalls(ran: Ran) -> Tensor:
+    """R@1, 5, 10 of texts, then of images, and the mean of all, in points."""
+    found: list[Tensor] = []
+    for name in ("i2t", "t2i"):
+        scores = match_scores(ran, name == "i2t")
+        # NumPy's argsort, read backwards: of equal scores the last comes first.
+        order = scores.shape[1] - 1 - scores.flip(1).argsort(dim=1, descending=True, stable=True)
+        owner = IMAGE_OF_TEXT[name]
+        hits = owner[order] == torch.arange(len(order))[:, None] if name == "i2t" else order == owner[:, None]
+        found += [100 * hits[:, :k].any(1).float().mean() for k in (1, 5, 10)]
+    return torch.stack([*found, torch.stack(found).mean()])
+
+
+SEARCH = Adapter(
+    lambda case, loaded: Batch({"clean": Images(case.inputs["images"])}, {"clean": texts(case, "text")}),
+    lambda case: {
+        "score_i2t": lambda ran: match_scores(ran, True),
+        "score_t2i": lambda ran: match_scores(ran, False),
+        "metrics": recalls,
+    },
+    lambda case: [Embed("image"), Embed("text")],
+    config=config,
+    objectives=lambda case: (),
+)
+
+
+# torchmultimodal's ALBEF.
+
+TMM = Adapter(
+    lambda case, loaded: Batch(
+        {"clean": Images(case.inputs["image"])},
+        {"clean": Texts(case.inputs["text"], case.inputs["mask"].bool())},
+        image_id=case.inputs["idx"],
+    ),
+    lambda case: {
+        "image_feat": lambda ran: ran[Embed("image")],
+        "text_feat": lambda ran: ran[Embed("text")],
+        "itm_score": lambda ran: ran.head("itm", ran[Fuse()].pooled)[:, 1],
+        "loss": lambda ran: ran.loss("itc", "itm"),
+    },
+    lambda case: [Embed("image"), Embed("text"), Fuse()],
+    draws=contrast_draws,
+)
+
 ADAPTERS = {
+    r"albef_retrieval_eval": SEARCH,
+    r"tmm_albef_retrieval": TMM,
     r"albef_pretrain(_alpha0)?": PRETRAIN,
     r"albef_pretrain_nlvr": ASSIGN,
     r"albef_retrieval(_nodistill)?": RETRIEVAL,

@@ -1,4 +1,4 @@
-"""The families of foreign checkpoints that vlp reads: one file each, one line here; the first that knows a file wins."""
+"""The families of foreign checkpoints: one file each, one line here; the first that knows a file wins."""
 
 from vlp.checkpoint import (
     albef,
@@ -7,9 +7,13 @@ from vlp.checkpoint import (
     hf_align,
     hf_blip,
     hf_clip,
+    hf_lxmert,
     hf_siglip,
+    hf_vilt,
+    hf_visualbert,
     meter,
     open_clip,
+    tmm_albef,
     tmm_clip,
     uniter,
     vilt,
@@ -26,11 +30,15 @@ FAMILIES: tuple[Family, ...] = (
     vlmo.FAMILY,
     vilt.FAMILY,
     meter.FAMILY,
+    hf_vilt.FAMILY,
     open_clip.FAMILY,
+    tmm_albef.FAMILY,
     tmm_clip.FAMILY,
     *hf_clip.FAMILIES,
     hf_siglip.FAMILY,
     hf_align.FAMILY,
     uniter.FAMILY,
     volta.FAMILY,
+    hf_lxmert.FAMILY,
+    hf_visualbert.FAMILY,
 )

@@ -176,3 +176,173 @@ def test_another_image_size_resizes_student_and_teacher(tmp_path: Path) -> None:
     case = Case(GOLDENS / "albef_retrieval")
     loaded = vlp.load(case.weights, settings={"model": {"vision": {"image_size": 48}}})
     assert set(loaded.report.resized) == {"vision.vit.pos_embed", "teacher.vision.vit.pos_embed"}
+
+
+def test_retrieval_as_the_repository_evaluates_it(tmp_path: Path) -> None:
+    """Candidates by embeddings, ranked by the matching head; query by query."""
+    import numpy as np
+
+    stored = torch.load(GOLDENS / "albef_retrieval" / "model.pth", weights_only=True)["model"]
+    recorded = Case(GOLDENS / "albef_retrieval").config
+    ids, keep = some_texts(6)
+    given = {"images": torch.randn(4, 3, 32, 32), **text_inputs("text", ids, keep)}
+    owners = {0: [0, 1], 1: [2, 3], 2: [4], 3: [5]}
+
+    def reference(state: State) -> State:
+        heads = recorded["_vit"]["num_heads"]
+        images = vit(state, "visual_encoder.", given["images"], heads)
+        texts = bert(state, "text_encoder.", ids, keep, heads, stop=2)
+        image = F.normalize(linear(state, "vision_proj", images[:, 0]), dim=-1)
+        text = F.normalize(linear(state, "text_proj", texts[:, 0]), dim=-1)
+        similar, scores = (image @ text.T), {"i2t": torch.full((4, 6), -100.0), "t2i": torch.full((6, 4), -100.0)}
+        for name, table in (("i2t", similar), ("t2i", similar.T)):
+            for query in range(len(table)):
+                for key in table[query].topk(3).indices.tolist():
+                    i, t = (query, key) if name == "i2t" else (key, query)
+                    one = slice(t, t + 1)
+                    fused = bert(
+                        state,
+                        "text_encoder.",
+                        ids[one],
+                        keep[one],
+                        heads,
+                        (images[i : i + 1],),
+                        start=2,
+                        states=texts[one],
+                    )
+                    scores[name][query, key] = linear(state, "itm_head", fused[:, 0])[0, 1]
+        ranks = []
+        for query, row in enumerate(scores["i2t"].detach().numpy()):
+            order = np.argsort(row)[::-1].tolist()
+            ranks.append(min(order.index(t) for t in owners[query]))
+        found = [100 * sum(r < k for r in ranks) / 4 for k in (1, 5, 10)]
+        ranks = [
+            np.argsort(row)[::-1].tolist().index(min(t // 2, 3)) for t, row in enumerate(scores["t2i"].detach().numpy())
+        ]
+        found += [100 * sum(r < k for r in ranks) / 6 for k in (1, 5, 10)]
+        metrics = torch.tensor([*found, sum(found) / 6])
+        return {"score_i2t": scores["i2t"], "score_t2i": scores["t2i"], "metrics": metrics}
+
+    found = verdict(stand_in(tmp_path / "albef_retrieval_eval", stored, given, reference, recorded, **FILE))
+    assert found.passed, found.line()
+
+
+def torchmultimodal_names(state: State) -> State:
+    """An ALBEF retrieval file under torchmultimodal's names."""
+    albef, found = "model_with_similarity.albef_model.", {}
+    layer = {
+        "attention.self.query": "attention.query",
+        "attention.self.key": "attention.key",
+        "attention.self.value": "attention.value",
+        "attention.output.dense": "attention.output",
+        "attention.output.LayerNorm": "attention_layernorm",
+        "crossattention.self.query": "cross_attention.query",
+        "crossattention.self.key": "cross_attention.key",
+        "crossattention.self.value": "cross_attention.value",
+        "crossattention.output.dense": "cross_attention.output",
+        "crossattention.output.LayerNorm": "cross_attention_layernorm",
+        "intermediate.dense": "feedforward.model.0",
+        "output.LayerNorm": "feedforward_layernorm",
+    }
+    block = {
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "attn.proj": "self_attention.out_proj",
+        "mlp.fc1": "mlp.0",
+        "mlp.fc2": "mlp.3",
+    }
+    for name, tensor in state.items():
+        twin = "_m" if "_m." in name else ""
+        part, _, rest = name.replace("_m.", ".", 1).partition(".")
+        stem, _, kind = rest.rpartition(".")
+        if part == "visual_encoder":
+            rest = rest.replace("cls_token", "class_token").replace("pos_embed", "encoder.pos_embedding")
+            rest = rest.replace("patch_embed.proj", "conv_proj") if "patch" in rest else rest
+            rest = f"encoder.ln.{kind}" if stem == "norm" else rest
+            if stem.startswith("blocks."):
+                _, number, inner = stem.split(".", 2)
+                inner = f"self_attention.in_proj_{kind}" if inner == "attn.qkv" else f"{block[inner]}.{kind}"
+                rest = f"encoder.layers.encoder_layer_{number}.{inner}"
+            found[f"{albef}vision_encoder{twin}.encoder.{rest}"] = tensor
+        elif part == "text_encoder" and "embeddings" in rest:
+            if "position_ids" not in rest:
+                found[f"{albef}text_encoder{twin}.{rest.replace('LayerNorm', 'layer_norm')}"] = tensor
+        elif part == "text_encoder":
+            _, _, number, inner = stem.split(".", 3)
+            fused = int(number) >= SPLIT
+            ours = layer.get(inner, f"feedforward.model.{2 if fused else 3}")
+            tower = (
+                f"multimodal_encoder{twin}.layer.{int(number) - SPLIT}"
+                if fused
+                else f"text_encoder{twin}.encoder.layer.{number}"
+            )
+            found[f"{albef}{tower}.{ours}.{kind}"] = tensor
+        elif part == "itm_head":
+            found[name] = tensor
+        else:
+            found[f"model_with_similarity.{name}"] = tensor
+    return found
+
+
+def test_torchmultimodal(tmp_path: Path) -> None:
+    # torchmultimodal's fusion is as wide as its images.
+    made = Names()
+    made.vit("visual_encoder.", WIDTH, 2, 8, 17)
+    made.bert("text_encoder.", WIDTH, LAYERS, SPLIT, WIDTH)
+    for name in ("vision_proj", "text_proj", "itm_head"):
+        made.linear(name, 2 if name == "itm_head" else 8, WIDTH)
+    made.state["temp"] = torch.tensor(0.07)
+    made.add_twins("visual_encoder", "text_encoder", "vision_proj", "text_proj")
+    for name in ("image_queue", "text_queue"):
+        made.state[name] = F.normalize(torch.randn(8, 12), dim=0)
+    made.state |= {
+        "queue_ptr": torch.tensor([4]),
+        "idx_queue": torch.tensor([[5, 1, 2, 12, 3, 4, 6, 7, 9, -100, -100, 8]]),
+    }
+    back = {id(tensor): name for name, tensor in made.state.items()}
+    theirs = torchmultimodal_names(made.state)
+    ids, keep = some_texts(4)
+    given = {"image": torch.randn(4, 3, 32, 32), "text": ids, "mask": keep.long(), "idx": torch.tensor([5, 8, 5, 12])}
+    given |= {"replay.neg_image_idx": torch.tensor([1, 2, 0, 0]), "replay.neg_text_idx": torch.tensor([2, 3, 1, 1])}
+
+    def embed(state: State) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        images = vit(state, "visual_encoder.", given["image"], HEADS)
+        texts = bert(state, "text_encoder.", ids, keep, HEADS, stop=SPLIT)
+        image = F.normalize(linear(state, "vision_proj", images[:, 0]), dim=-1)
+        return images, texts, image, F.normalize(linear(state, "text_proj", texts[:, 0]), dim=-1)
+
+    def reference(leaves: State) -> State:
+        state = {back[id(theirs[name])]: leaf for name, leaf in leaves.items()}
+        images, texts, image, text = embed(state)
+        with torch.no_grad():
+            _, _, image_m, text_m = embed(followed(state))
+        both = [
+            torch.cat([new, state[f"{name}_queue"].detach().T]) for name, new in (("image", image_m), ("text", text_m))
+        ]
+        same = given["idx"][:, None] == torch.cat([given["idx"], state["idx_queue"][0]])
+        target, itc = same / same.sum(1, keepdim=True), torch.tensor(0.0)
+        for own, own_m, other in ((image, image_m, both[1]), (text, text_m, both[0])):
+            soft = ALPHA * (own_m @ other.T / state["temp"]).softmax(1).detach() + (1 - ALPHA) * target
+            itc = itc - (soft * (own @ other.T / state["temp"]).log_softmax(1)).sum(1).mean() / 2
+        pairs = torch.arange(4).repeat(3), torch.arange(4).repeat(3)
+        pairs[0][4:8], pairs[1][8:] = given["replay.neg_image_idx"], given["replay.neg_text_idx"]
+        fused = bert(
+            state,
+            "text_encoder.",
+            ids[pairs[1]],
+            keep[pairs[1]],
+            HEADS,
+            (images[pairs[0]],),
+            start=SPLIT,
+            states=texts[pairs[1]],
+        )
+        logits = linear(state, "itm_head", fused[:, 0])
+        itm = F.cross_entropy(logits, torch.tensor([1] * 4 + [0] * 8))
+        return {"image_feat": image, "text_feat": text, "itm_score": logits[:4, 1], "loss": itc + itm}
+
+    arguments = {"num_attention_heads": HEADS}
+    told = {"vision_encoder_args": arguments, "text_encoder_args": arguments, "multimodal_encoder_args": arguments}
+    found = verdict(
+        stand_in(tmp_path / "tmm_albef_retrieval", theirs, given, reference, told, file="model.pt", key="model")
+    )
+    assert found.passed, found.line()
