@@ -64,7 +64,7 @@ class HfTextEncoder(nn.Module):
         self.model: Any = model_of(theirs)
         if getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None  # nobody reads it, and it would have no gradient
-        self.width: int = getattr(theirs, "project_dim", None) or theirs.hidden_size  # AltCLIP's states are projected
+        self.width: int = theirs.hidden_size
 
     @property
     def stack(self) -> StackConfig:
@@ -138,18 +138,13 @@ def config_of(architecture: Mapping[str, Any]) -> Any:
 
 
 def model_of(config: Any) -> Any:
-    """Build the model of a config of transformers: AutoModel's, else the class that is called as the config is.
+    """Build the float32 model of a config of transformers: the class that is called as the config is, or AutoModel's.
 
     Raises:
         ValueError: there is none.
     """
     import transformers
 
-    name = type(config).__name__.replace("Config", "Model")
-    try:
-        return transformers.AutoModel.from_config(config, dtype=torch.float32)
-    except ValueError as error:
-        model = getattr(transformers, name, None)  # towers such as AltCLIPTextModel are not registered
-        if model is None:
-            raise ValueError(f"transformers has no model for a {config.model_type!r} config") from error
-        return model(config)
+    # Towers such as AltCLIPTextModel are not registered, and looking in the register takes seconds.
+    named = getattr(transformers, type(config).__name__.replace("Config", "Model"), None)
+    return transformers.AutoModel.from_config(config, dtype=torch.float32) if named is None else named(config).float()

@@ -6,6 +6,7 @@ Shapes: T texts, L length, D width, V vocabulary.
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Literal, Self, TypeAlias
 
@@ -124,6 +125,8 @@ class TextConfig(StackConfig):
     token_sees: Literal["text", "text_late"] = "text"
     """What the token of `pool: token` sees: the real tokens and itself, or, one place late, the real tokens and the
     place behind the last of them, as in all published CoCas."""
+    project: int | None = None
+    """Width that a norm and a dense layer bring the last states to (AltCLIP); none = they stay as they are."""
     fused_first: int | None = None
     """Id that a text begins with where it is fused with an image (BLIP's [ENC]); none = its own first id."""
 
@@ -181,7 +184,7 @@ class TextEncoder(nn.Module):
             raise ValueError("model.text.pool eos needs model.text.eos, the id of the token that ends texts")
         if config.pool == "token" and not config.causal:
             raise ValueError("model.text.pool token needs model.text.causal true: the token stands behind the text")
-        self.config, self.width, self.bare = config, config.width, config.layers == 0
+        self.config, self.width, self.bare = config, config.project or config.width, config.layers == 0
         self.fused_first = config.fused_first
         self.embeddings = TextEmbeddings(config)
         self.blocks = nn.ModuleList(config.block() for _ in range(config.layers))
@@ -189,7 +192,8 @@ class TextEncoder(nn.Module):
             nn.LayerNorm(config.width, config.eps) if config.norm == "pre" and config.layers else nn.Identity()
         )
         self.token = nn.Parameter(torch.full((config.width,), 0.01)) if config.pool == "token" else None
-        self.pooler = nn.Linear(config.width, config.width) if config.pool == "tanh" else None
+        self.project = _projection(config.width, config.project, config.eps) if config.project else nn.Identity()
+        self.pooler = nn.Linear(self.width, self.width) if config.pool == "tanh" else None
         initialise(self)
 
     @property
@@ -227,7 +231,7 @@ class TextEncoder(nn.Module):
         if self.token is not None:
             states, pooled = states[:, :-1], self.final_norm(states[:, -1])
         else:
-            states = self.final_norm(states)
+            states = self.project(self.final_norm(states))
             pooled = self._pool(states, texts)
         return Tokens(states, texts.keep, pooled, tuple(every) if layers else None)
 
@@ -246,6 +250,10 @@ class TextEncoder(nn.Module):
         if self.pooler is not None:
             return torch.tanh(self.pooler(states[:, 0]))
         return pool(states, texts, self.config.pool, self.config.eos)
+
+
+def _projection(width: int, to: int, eps: float) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(norm=nn.LayerNorm(width, eps), dense=nn.Linear(width, to)))
 
 
 def pool(states: Tensor, texts: Texts, how: Pool, eos: int | None = None) -> Tensor:

@@ -95,7 +95,14 @@ CLIP_NAMES = (*_IMAGE, *text_ends("text_model."), *text_blocks("text_model."), *
 BERT_NAMES = (*embeddings("text_model.", "text."), *blocks("text_model.encoder.layer.{n}.", TEXT_BLOCK, LAYER))
 """A text tower that is BERT (ChineseCLIP, ALIGN)."""
 _CHINESE_NAMES = (*_IMAGE, *BERT_NAMES, *_PROJECTIONS)
-_ALT_NAMES = (*_IMAGE, Pair("text_model.{rest}", "text.model.{rest}"), *_PROJECTIONS)
+_ALT_NAMES = (
+    *_IMAGE,
+    *embeddings("text_model.roberta.", "text."),
+    *blocks("text_model.roberta.encoder.layer.{n}.", TEXT_BLOCK, LAYER),
+    Pair("text_model.pre_LN.{p}", "text.project.norm.{p}"),
+    Pair("text_model.transformation.{p}", "text.project.dense.{p}"),
+    *_PROJECTIONS,
+)
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -178,20 +185,24 @@ def _clip_recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     return Recipe(tree, (*_assumed(config, missing), *assumed))
 
 
-def bert_tower(shapes: Shapes, tower: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `model.text` of a text tower that is BERT, read at [CLS]."""
-    words, types = (shapes[f"text_model.embeddings.{name}_embeddings.weight"] for name in ("word", "token_type"))
+def bert_tower(
+    shapes: Shapes, tower: Mapping[str, Any], prefix: str = "text_model.", eps: float = 1e-12
+) -> dict[str, Any]:
+    """Return `model.text` of a text tower that is BERT or RoBERTa, read at its first token."""
+    words, types, positions = (
+        shapes[f"{prefix}embeddings.{name}_embeddings.weight"] for name in ("word", "token_type", "position")
+    )
     return {
         "kind": "text",
         "vocabulary_size": words[0],
         "width": words[1],
-        "max_length": shapes["text_model.embeddings.position_embeddings.weight"][0],
+        "max_length": positions[0],
         "segments": types[0],
-        "layers": count_layers(shapes, r"text_model\.encoder\.layer\.(\d+)\."),
+        "layers": count_layers(shapes, re.escape(prefix) + r"encoder\.layer\.(\d+)\."),
         "heads": tower.get("num_attention_heads", 12 if tower else max(1, words[1] // HEAD_WIDTH)),
-        "hidden": shapes["text_model.encoder.layer.0.intermediate.dense.weight"][0],
+        "hidden": shapes[f"{prefix}encoder.layer.0.intermediate.dense.weight"][0],
         "activation": activation_of(tower, "gelu"),
-        "eps": tower.get("layer_norm_eps", 1e-12),
+        "eps": tower.get("layer_norm_eps", eps),
         "dropout": tower.get("hidden_dropout_prob", 0.1),
     }
 
@@ -208,27 +219,14 @@ def _chinese_recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
 
 def _alt_recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     preset, assumed = preset_of(config, meter_clip(224))
-    words = shapes["text_model.roberta.embeddings.word_embeddings.weight"]
-    rows = shapes["text_model.roberta.embeddings.position_embeddings.weight"][0]
-    stated = {"heads": max(1, words[1] // HEAD_WIDTH), "eps": 1e-5}
-    architecture = {
-        "num_attention_heads": stated["heads"],
-        "layer_norm_eps": stated["eps"],
-        **section(config, "text_config"),
-        "model_type": "altclip_text_model",
-        "vocab_size": words[0],
-        "hidden_size": words[1],
-        "intermediate_size": shapes["text_model.roberta.encoder.layer.0.intermediate.dense.weight"][0],
-        "num_hidden_layers": count_layers(shapes, r"text_model\.roberta\.encoder\.layer\.(\d+)\."),
-        "max_position_embeddings": rows,
-        "type_vocab_size": shapes["text_model.roberta.embeddings.token_type_embeddings.weight"][0],
-        "project_dim": shapes["text_model.transformation.weight"][0],
-    }
-    text = {"kind": "hf_text", "pretrained": False, "architecture": architecture}
-    tree = two_towers(
-        _vision(shapes, config, preset), text, _embed(shapes), softmax_loss(), preset, {"source": "BAAI/AltCLIP"}
-    )
-    tree["data"]["max_length"] = min(77, rows - 2)
+    tower = section(config, "text_config")
+    text = bert_tower(shapes, {"num_attention_heads": 16, **tower} if tower else {}, "text_model.roberta.", 1e-5)
+    first = tower.get("pad_token_id", 1) + 1  # as in RoBERTa positions are counted from the one behind padding's id
+    text |= {"position_offset": first, "max_length": text["max_length"] - first}
+    text["project"] = shapes["text_model.transformation.weight"][0]
+    words = {"source": "BAAI/AltCLIP"}
+    tree = two_towers(_vision(shapes, config, preset), text, _embed(shapes), softmax_loss(), preset, words)
+    tree["data"]["max_length"] = min(77, text["max_length"])  # as published
     missing = "no config.json: heads of width 64, quick_gelu (image), gelu (text) and epsilon 1e-5"
     return Recipe(tree, (*_assumed(config, missing), *assumed))
 
@@ -248,10 +246,7 @@ def _rename_chinese(state: State) -> Renamed:
 
 
 def _rename_alt(state: State) -> Renamed:
-    kept = {name: one for name, one in _with_layers(state).items() if not re.fullmatch(r".*position_ids", name)}
-    renamed = rename_pairs(_ALT_NAMES, kept)
-    left = {name: BUFFERS[r"(.*\.)?position_ids"] for name in state if name.endswith("position_ids")}
-    return Renamed(renamed.state, {**renamed.ignored, **left}, renamed.unexpected)
+    return rename_pairs(_ALT_NAMES, _with_layers(state), BUFFERS)
 
 
 def _has_clip_tower(shapes: Shapes) -> bool:
