@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encoders.layers import initialise
+from encoders.layers import ACTIVATIONS, Activation, initialise
 from encoders.types import Batch, Regions
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side
 from vlp.config import Config
@@ -56,6 +56,8 @@ class MrmConfig(Config):
     then 1 / 0.15)."""
     norm: bool = True
     """Layer norm in the head (VL-BERT has none)."""
+    activation: Activation = "gelu"
+    """Activation in the head."""
 
     trains_embed: ClassVar[bool] = False
     reads: ClassVar[frozenset[Side]] = frozenset({"image"})
@@ -97,11 +99,11 @@ class TiedRegression(nn.Module):
 
 
 class RegionHead(nn.Module):
-    """Dense, GELU, norm, then one layer a target."""
+    """Dense, activation, norm, then one layer a target."""
 
     def __init__(self, config: MrmConfig, width: int, spec: ModelSpec) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, width)
+        self.dense, self.activation = nn.Linear(width, width), ACTIVATIONS[config.activation]
         self.norm = nn.LayerNorm(width, spec.text_eps) if config.norm else nn.Identity()
         self.outputs = nn.ModuleDict()
         for name, target in config.targets.items():
@@ -111,7 +113,7 @@ class RegionHead(nn.Module):
 
     def forward(self, states: Tensor) -> dict[str, Tensor]:
         """[..., D] -> outputs [..., O] by target."""
-        states = self.norm(F.gelu(self.dense(states)))
+        states = self.norm(self.activation(self.dense(states)))
         return {name: output(states) for name, output in self.outputs.items()}
 
 

@@ -117,6 +117,7 @@ def _objectives(shapes: Shapes, config: Mapping[str, Any], assumed: list[str]) -
             targets[ours] = {"outputs": shapes[name][0], "losses": losses, "weight": weight}
     if targets:
         found["mrm"] = {"text": "masked", "mean": "all", "targets": targets}
+        found["mrm"] |= {"activation": config.get("hidden_act", "gelu")}
     for head in ("answer_head.logit_fc", "logit_fc"):
         if f"{head}.3.weight" in shapes:
             number, hidden = shapes[f"{head}.3.weight"]

@@ -33,7 +33,7 @@ NAMES = (
     *word_head("cls.predictions.", "objectives.mlm.head."),
     # Their class 0 is a true pair, ours 1.
     Pair("cls.seq_relationship.{p}", "objectives.itm.head.{p}", to_ours=lambda rows: rows.flip(0)),
-    Pair("cls.{p}", "objectives.relate.head.{p}"),
+    Pair("cls.{p}", "objectives.answer.head.{p}"),
 )
 
 
@@ -92,34 +92,40 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
                     "kind": "single_stream",
                     "layers": count_layers(shapes, r"encoder\.layer\.(\d+)\."),
                     "modality_embedding": False,
+                    **({"pooler": "cls", "pool_at": "before_last"} if _answers(shapes, config) else {}),
                 },
             },
-            "objectives": _objectives(shapes, activation, config),
+            "objectives": _objectives(shapes, config, activation, assumed),
             "data": {"max_length": min(128, length), "tokenizer": {"source": "bert-base-uncased"}},
         },
         tuple(assumed),
     )
 
 
-def _objectives(shapes: Shapes, activation: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The objectives whose heads the file holds; pairs and hidden words come with the data.
+def _answers(shapes: Shapes, config: Mapping[str, Any]) -> bool:
+    """Whether the file's head answers questions, from the state of [MASK]; else it judges pairs of images (NLVR2)."""
+    if "cls.weight" not in shapes or "VisualBertForVisualReasoning" in config.get("architectures", ()):
+        return False
+    return "VisualBertForQuestionAnswering" in config.get("architectures", ()) or shapes["cls.weight"][0] != 2
 
-    Raises:
-        ValueError: the head reads the state of [MASK], as VQA's does.
-    """
+
+def _objectives(
+    shapes: Shapes, config: Mapping[str, Any], activation: str, assumed: list[str]
+) -> dict[str, Any]:
+    """The objectives whose heads the file holds; pairs and hidden words come with the data."""
     found: dict[str, Any] = {}
     if "cls.predictions.bias" in shapes:
         found["mlm"] = {"activation": activation, "image_labels": True}
     if "cls.seq_relationship.weight" in shapes:
         found["itm"] = {"scheme": "given", "masked": True}
     if "cls.weight" in shapes:
-        if "VisualBertForVisualReasoning" not in config.get("architectures", ()):
-            raise ValueError(
-                "this VisualBERT has a head whose task its names do not tell (VQA's reads [MASK], which vlp does not); "
-                'load it without: ignore=["cls.*"]'
+        answers = ["False", "True"]
+        if _answers(shapes, config):
+            answers = [f"answer {n}" for n in range(shapes["cls.weight"][0])]
+            assumed.append(
+                "answers are numbered, as the file does not name them; give settings objectives.answer.answers"
             )
-        answers = ["False", "True"] if shapes["cls.weight"][0] == 2 else [f"answer {n}" for n in range(len(shapes))]
-        found["relate"] = {"kind": "answer", "answers": answers, "head": "linear", "loss": "ce"}
+        found["answer"] = {"answers": answers, "head": "linear", "loss": "ce"}
     return found
 
 

@@ -104,18 +104,18 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     return Recipe(
         {
             "model": {"vision": vision, "text": text, "fusion": fusion},
-            "objectives": _objectives(shapes, heads, assumed),
+            "objectives": _objectives(shapes, config, heads, assumed),
             "data": {"max_length": min(60, length), "tokenizer": {"source": "bert-base-cased"}},
         },
         tuple(assumed),
     )
 
 
-def _objectives(shapes: Shapes, heads: int, assumed: list[str]) -> dict[str, Any]:
+def _objectives(shapes: Shapes, config: Mapping[str, Any], heads: int, assumed: list[str]) -> dict[str, Any]:
     """The objectives whose heads the file holds, as published."""
     found: dict[str, Any] = {}
     if "cls.predictions.bias" in shapes:
-        found["mlm"] = {}
+        found["mlm"] = {"activation": config.get("hidden_act", "gelu")}
     if "feat_regress.bias" in shapes:
         outputs = shapes["feat_regress.bias"][0]
         target = {"outputs": outputs, "losses": ["mse"], "tied": True}

@@ -186,7 +186,7 @@ def _objectives(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
     """The objectives whose heads the file holds; words and regions are hidden in one pass, which all of them read."""
     found: dict[str, Any] = {}
     if "cls.predictions.bias" in shapes:
-        found["mlm"] = {"image": "masked"}
+        found["mlm"] = {"image": "masked", "activation": config.get("hidden_act", "gelu")}
     targets = {}
     for name in shapes:
         if match := re.fullmatch(r"cls\.imagePredictions\.decoder_dict\.(\d+)\.bias", name):
@@ -196,6 +196,7 @@ def _objectives(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
     if targets:
         normed = "cls.imagePredictions.transform.LayerNorm.weight" in shapes
         found["mrm"] = {"text": "masked", "targets": targets, "norm": normed}
+        found["mrm"] |= {"activation": config.get("hidden_act", "gelu")}
     if "cls.bi_seq_relationship.weight" in shapes:
         found["itm"] = {"scheme": "given", "masked": True}
     if "cls.qaPredictions.logit_fc.3.weight" in shapes:

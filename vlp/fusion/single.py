@@ -38,6 +38,8 @@ class SingleStreamConfig(BesideConfig):
     """Padding of texts is hidden; torchmultimodal's FLAVA, which has no mask here, shows it."""
     pooler: PoolerKind = "tanh"
     """How `pooled` is made."""
+    pool_at: Literal["first", "before_last"] = "first"
+    """Which of the text's states `pooled` reads: the first, or the one before [SEP] (VisualBERT's [MASK], on VQA)."""
     images: ImagesPerText = "one"
     """Images per text: one; two laid behind each other (`pair`); or two that the text is fused with one after the other
     (`each`: NLVR2 in ViLT)."""
@@ -176,6 +178,17 @@ class SingleStream(nn.Module):
             text = Tokens(states[:, num_image:], keep[:, num_image:], states[:, num_image], layers)
         pooled = states.new_zeros(states.shape[0], 0)
         if self.pooler is not None:
-            own = None if self.class_token is None else states[:, 0]
-            pooled = self.pooler(image.pooled if image else None, text.pooled if text and own is None else own)
+            own = text.pooled if text else None
+            if self.class_token is not None:
+                own = states[:, 0]
+            elif text is not None and self.config.pool_at == "before_last":
+                own = _before_last(text)
+            pooled = self.pooler(image.pooled if image else None, own)
         return Fused(image, text, pooled)
+
+
+def _before_last(text: Tokens) -> Tensor:
+    """State of each text's token before its last real one, [M, D]."""
+    assert text.keep is not None
+    at = (text.keep.sum(1) - 2).clamp(min=0)
+    return text.states.gather(1, at[:, None, None].expand(-1, 1, text.states.shape[2]))[:, 0]
