@@ -68,6 +68,9 @@ class ModelConfig(Config):
     """Common space of image and text."""
     codebook: CodebookConfig | None = None
     """Names patches by codes for mim, frozen; none = the data bring the codes, or there is no need."""
+    keep_unread: bool = False
+    """Build also what no objective reads, which then gets no gradient: a fusion, poolers (a published model that comes
+    without heads)."""
     momentum: float = Field(0.995, ge=0, le=1)
     """Share of the momentum teacher's weights that a step keeps, where an objective has a teacher (ALBEF, BLIP)."""
 
@@ -165,7 +168,7 @@ class Model(nn.Module):
     @staticmethod
     def _reads(config: ModelConfig, objectives: Mapping[str, ObjectiveConfig]) -> frozenset[Side]:
         """Which sides of the fusion anyone reads; of a model without objectives, all."""
-        if not objectives:
+        if not objectives or config.keep_unread:
             return frozenset({"image", "text", "pooled"})
         sides = frozenset[Side]().union(*(one.reads for one in objectives.values()))
         return sides | {config.decoder.memory} if config.decoder and "memory" in sides else sides
@@ -240,7 +243,7 @@ class Model(nn.Module):
                     "model.vision.depth 0 makes the fusion the image tower, which dual_stream cannot be; use "
                     "model.fusion.kind single_stream, or a vision encoder with blocks"
                 )
-            if not towers and not any(isinstance(p, Fuse) for p in needs):
+            if not towers and not any(isinstance(p, Fuse) for p in needs) and not config.keep_unread:
                 problems.append(
                     f"no objective of {sorted(self.objectives)} uses model.fusion.kind {config.fusion.kind}; "
                     "add itm or mlm, or set model.fusion.kind none"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.goldens import albef, beit3, blip, clip, meter, region, uniter, vilt, vlmo
+from scripts.goldens import albef, beit3, blip, clip, flava, meter, region, uniter, vilt, vlmo
 from scripts.goldens.base import Adapter
 
 ADAPTERS: dict[str, Adapter] = {
@@ -14,5 +14,6 @@ ADAPTERS: dict[str, Adapter] = {
     **meter.ADAPTERS,
     **uniter.ADAPTERS,
     **clip.ADAPTERS,
+    **flava.ADAPTERS,
     **region.ADAPTERS,
 }
