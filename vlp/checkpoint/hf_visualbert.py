@@ -109,9 +109,7 @@ def _answers(shapes: Shapes, config: Mapping[str, Any]) -> bool:
     return "VisualBertForQuestionAnswering" in config.get("architectures", ()) or shapes["cls.weight"][0] != 2
 
 
-def _objectives(
-    shapes: Shapes, config: Mapping[str, Any], activation: str, assumed: list[str]
-) -> dict[str, Any]:
+def _objectives(shapes: Shapes, config: Mapping[str, Any], activation: str, assumed: list[str]) -> dict[str, Any]:
     """The objectives whose heads the file holds; pairs and hidden words come with the data."""
     found: dict[str, Any] = {}
     if "cls.predictions.bias" in shapes:

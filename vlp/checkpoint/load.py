@@ -150,7 +150,7 @@ def unread(model: Model) -> tuple[str, ...]:
     """Return patterns of the fusion's weights that a checkpoint may hold and the model lacks, as nobody reads them."""
     if model.fusion is None:
         return ()
-    pooler = () if model.fusion.pooler is not None else ("pooler.*",)
+    pooler = () if model.fusion.pooler is not None and list(model.fusion.pooler.parameters()) else ("pooler.*",)
     return tuple(f"fusion.{part}" for part in (*getattr(model.fusion, "unread", ()), *pooler))
 
 
