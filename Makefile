@@ -4,7 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench fuzz lint format clean
 
 demo: $(STAMP)
 	$(BIN)/vlp demo --out runs/demo
@@ -16,6 +16,10 @@ test: lint
 bench: $(STAMP)
 	$(BIN)/pytest -m slow
 	$(BIN)/vlp demo --out runs/bench --pretrain 300000 --vqa 0 --captioning 0
+
+# Two thousand damaged and hostile checkpoint files; the suite has a minute of it.
+fuzz: $(STAMP)
+	$(BIN)/python scripts/fuzz_checkpoints.py --count 2000
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
