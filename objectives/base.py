@@ -86,6 +86,8 @@ class Rows:
     """[M] int64, or [M, I] for I images per row."""
     text_index: Tensor
     """[M] int64."""
+    everywhere: bool = False
+    """The indices are into the images and texts of all ranks, in rank order."""
 
 
 @dataclass(frozen=True)

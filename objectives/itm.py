@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from encoders.layers import initialise
 from encoders.types import Batch
 from objectives.base import MAIN, Draw, Embed, Fuse, LossOutput, ModelSpec, Objective, Results, Rows, Side
+from objectives.collectives import gather_no_grad
 from objectives.itc import similarities
-from objectives.pairs import Positives, find_pairs, image_of_text, true_pairs
+from objectives.pairs import Positives, find_pairs, first_numbers, image_of_text, true_pairs
 from vlp.config import Config
 
 
@@ -37,8 +38,9 @@ class ItmConfig(Config):
     says which are true (VisualBERT, ViLBERT, LXMERT)."""
     masked: bool = False
     """Read pairs with the words, regions and patches hidden that other objectives hide (ViLBERT, LXMERT, FLAVA)."""
-    candidates: Literal["microbatch"] = "microbatch"
-    """Where negatives come from: the batch that one rank runs at a time."""
+    candidates: Literal["microbatch", "global"] = "microbatch"
+    """Where negatives come from: the batch that one rank runs at a time; or those of all ranks (VLMo), whose states are
+    then gathered, texts padded to `model.text.max_length`."""
     exclude: Positives = "id_or_caption"
     """Pairs that are never drawn as negatives."""
     floor: float = 0.0
@@ -78,7 +80,7 @@ class Itm(Objective):
         self.config, self.hard = config, hard
         self.head = nn.Linear(width, 2)
         initialise(self)
-        self.given = config.scheme == "given"
+        self.given, self.everywhere = config.scheme == "given", config.candidates == "global"
         self.pairs = Fuse("masked", "masked") if config.masked else Fuse()
         self.drawn = replace(self.pairs, rows="itm")
         self.needs = frozenset({self.pairs if self.given else self.drawn})
@@ -104,29 +106,39 @@ class Itm(Objective):
         if self.given:
             return {}
         device = next(iter(batch.texts.values())).ids.device
-        own = image_of_text(batch, device)  # [T]
-        by_image, by_text = true_pairs(find_pairs(batch, self.config.exclude, device, everywhere=False))
-        text_weights, image_weights = self._weights(results, batch, by_image, by_text)
-        text = torch.arange(own.shape[0], device=device)
+        pairs = find_pairs(batch, self.config.exclude, device, self.everywhere)
+        own, text = self._numbers(batch, device)
+        text_weights, image_weights = self._weights(results, batch, *true_pairs(pairs))
         false_image = draw.categorical("itm.image", image_weights)  # of each text
         false_image = torch.where(image_weights.sum(1) > 0, false_image, own)
         if self.config.scheme == "replace_image":
             replaced = draw.bernoulli("itm.replace", 0.5, own.shape, device)
-            return {"itm": Rows(torch.where(replaced, false_image, own), text)}
-        per_text = text_weights.index_select(0, own)
+            return {"itm": Rows(torch.where(replaced, false_image, own), text, self.everywhere)}
+        per_text = text_weights.index_select(0, own - pairs.first)
         false_text = draw.categorical("itm.text", per_text)  # of each text's image
         false_text = torch.where(per_text.sum(1) > 0, false_text, text)
-        return {"itm": Rows(torch.cat([false_image, own]), torch.cat([text, false_text]))}
+        return {"itm": Rows(torch.cat([false_image, own]), torch.cat([text, false_text]), self.everywhere)}
+
+    def _numbers(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Numbers among the candidates of each own text's image and of each own text, [T] each."""
+        first_image, first_text = first_numbers(batch, self.everywhere)
+        own = image_of_text(batch, device)
+        return own + first_image, torch.arange(own.shape[0], device=device) + first_text
 
     def _weights(self, results: Results, batch: Batch, by_image: Tensor, by_text: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights of texts for each image [B, T] and of images for each text [T, B]; true pairs weigh 0."""
+        """Weights of texts for each own image [B, S] and of images for each own text [T, N]; true pairs weigh 0."""
         even_text, even_image = (~by_image).float(), (~by_text).float()
         mix = self._hardness(batch.seen) if self.hard else 0.0
         if mix == 0.0:
             return even_text, even_image
-        logits = similarities(results[Embed("image")], results[Embed("text")], results.scales[MAIN])
-        hard_text = self._hard(logits, by_image)
-        hard_image = self._hard(logits.T, by_text)
+        image, text, scale = results[Embed("image")], results[Embed("text")], results.scales[MAIN]
+        sizes = batch.counts
+        all_image, all_text = image, text
+        if self.everywhere:
+            all_image = gather_no_grad(image, None if sizes is None else [s[0] for s in sizes])
+            all_text = gather_no_grad(text, None if sizes is None else [s[1] for s in sizes])
+        hard_text = self._hard(similarities(image, all_text, scale), by_image)
+        hard_image = self._hard(similarities(text, all_image, scale), by_text)
         return _blend(even_text, hard_text, mix), _blend(even_image, hard_image, mix)
 
     def _hard(self, logits: Tensor, true: Tensor) -> Tensor:
@@ -149,13 +161,12 @@ class Itm(Objective):
             loss, right = match_terms(logits, batch.targets["match"].long())
             return LossOutput(loss.mean(), {"accuracy": right.mean()})
         drawn: Rows = results.rows["itm"]
-        own = image_of_text(batch, drawn.image_index.device)
+        own, text = self._numbers(batch, drawn.image_index.device)
         logits = self.head(results[self.drawn].pooled)
         if self.config.scheme == "replace_image":
             label = (drawn.image_index == own).long()
             weight = torch.ones_like(logits[:, 0])
         else:
-            text = torch.arange(own.shape[0], device=own.device)
             found = (drawn.image_index != own.repeat(2)) | (drawn.text_index != text.repeat(2))
             logits = torch.cat([self.head(results[self.pairs].pooled), logits])
             label = torch.cat([torch.ones_like(own), torch.zeros_like(drawn.image_index)])

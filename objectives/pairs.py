@@ -38,6 +38,16 @@ def matched(batch: Batch) -> Tensor:
     return true | ~true.any()
 
 
+def first_numbers(batch: Batch, everywhere: bool) -> tuple[int, int]:
+    """Return the numbers of this rank's first image and text, among all ranks' where ``everywhere``."""
+    if not everywhere:
+        return 0, 0
+    if batch.counts is None:
+        return rank() * (batch.num_images or batch.num_texts), rank() * batch.num_texts
+    before = batch.counts[: rank()]
+    return sum(images for images, _ in before), sum(texts for _, texts in before)
+
+
 @dataclass(frozen=True)
 class Pairing:
     """How this rank's images and texts are paired, and the candidates they are compared with."""
@@ -79,9 +89,7 @@ def find_pairs(batch: Batch, rule: Positives, device: torch.device, everywhere: 
         (None, None) if sizes is None else (tuple(s[0] for s in sizes), tuple(s[1] for s in sizes))
     )
     num_images = batch.num_images or batch.num_texts
-    first = 0
-    if everywhere:
-        first = rank() * num_images if image_sizes is None else sum(image_sizes[: rank()])
+    first, _ = first_numbers(batch, everywhere)
 
     def collect(x: Tensor, of: tuple[int, ...] | None) -> Tensor:
         return gather_no_grad(x, of) if everywhere else x

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from encoders.types import AttentionKind, Batch, Modality, Texts, Tokens
 from objectives.base import MAIN, Decode, Embed, Encode, Fuse, Fused, Pass, Results, Rows
+from objectives.collectives import gather_grad_to_all, gather_no_grad, world_size
 
 if TYPE_CHECKING:
     from vlp.model import Model
@@ -65,6 +66,7 @@ class Step:
         self.model, self.batch, self.layers = model, batch, layers
         self.results = model.new_results()
         self._read: dict[tuple[Modality, str, int | None], Tokens] = {}
+        self._gathered: dict[tuple[Modality, str, int | None], Tokens] = {}
         self._teacher: Step | None = None
 
     def run(self, passes: Iterable[Pass], give_rows: GiveRows | None = None) -> Results:
@@ -121,16 +123,32 @@ class Step:
                 assert isinstance(read, Texts)
                 ids = torch.cat([torch.full_like(read.ids[:, :1], first), read.ids[:, 1:]], 1)
                 read = replace(read, ids=ids)
-            self._read[key] = encoder(read, layers=self.layers or getattr(self.model.fusion, "before_norm", False))
+            fusion = self.model.fusion
+            inner = getattr(fusion, "before_norm", False) or getattr(fusion, "reads_layers", 0) > 0
+            self._read[key] = encoder(read, layers=self.layers or inner)
         return self._read[key]
 
     def _fused_tower(self, modality: Modality, view: str, first: int | None = None) -> Tokens:
-        """What the fusion reads of a tower: its states, before their last norm where it wants them so."""
+        """What the fusion reads of a tower: its states, before their last norm where it wants them so; or those of its
+        last layers side by side, [B, N, layers * D]."""
         tokens = self._tower(modality, view, first)
+        if number := getattr(self.model.fusion, "reads_layers", 0):
+            return self._last_layers(tokens, modality, number)
         if not getattr(self.model.fusion, "before_norm", False):
             return tokens
         assert tokens.layers is not None
         return replace(tokens, states=tokens.layers[-1])
+
+    def _last_layers(self, tokens: Tokens, modality: Modality, number: int) -> Tokens:
+        """States of a tower's last layers, each after the tower's last norm, side by side."""
+        encoder = self.model.vision if modality == "image" else self.model.text
+        found = len(tokens.layers or ()) - 1
+        if found < number or not hasattr(encoder, "finish"):
+            had = f"has {max(found, 0)}" if hasattr(encoder, "finish") else "of this kind does not show them"
+            raise ValueError(f"model.fusion reads the last {number} layers of each tower, but the {modality} tower {had}")
+        assert encoder is not None and tokens.layers is not None
+        inner = [encoder.finish(states) for states in tokens.layers[-number:-1]]  # type: ignore[operator]
+        return replace(tokens, states=torch.cat([*inner, tokens.states], -1))
 
     def _encode(self, name: Encode) -> Tokens:
         tokens = self._tower(name.modality, name.view)
@@ -184,12 +202,12 @@ class Step:
             return _RowIndex(None, None)  # one row an image
         if name.rows is not None:
             rows = self.results.rows[name.rows]
-            return _RowIndex(rows.image_index, rows.text_index)
+            return _RowIndex(rows.image_index, rows.text_index, rows.everywhere)
         return _RowIndex(self.batch.image_of_text, None)
 
     def _fuse_group(self, group: list[Fuse], kind: AttentionKind) -> list[Fused]:
         assert self.model.fusion is not None
-        image, first = self._stack_images([one.image for one in group if one.image is not None])
+        image, first = self._stack_images([(o.image, self._rows(o).everywhere) for o in group if o.image is not None])
         parts: list[Tokens] = []
         prefixes: list[Tensor] = []
         indices: list[Tensor | None] = []
@@ -198,7 +216,7 @@ class Step:
             rows = self._rows(one)
             if one.text is not None:
                 first_id = getattr(self.model.text, "fused_first", None) if one.image is not None else None
-                text = self._fused_tower("text", one.text, first_id)
+                text = self._candidates("text", one.text, rows.everywhere, first_id)
                 parts.append(text if rows.text is None else take(text, rows.text))
                 sizes.append(parts[-1].states.shape[0])
                 prefix = self.batch.texts[one.text].prefix
@@ -211,7 +229,7 @@ class Step:
                 index = rows.image
                 if index is None and len(group) > 1:
                     index = torch.arange(sizes[-1], device=own.device)
-                indices.append(None if index is None else index + first[one.image])
+                indices.append(None if index is None else index + first[one.image, rows.everywhere])
         text_rows = _concatenate(parts)
         index = None if not indices or indices[0] is None else torch.cat([i for i in indices if i is not None])
         fused = self.model.fusion(
@@ -219,21 +237,36 @@ class Step:
         )
         return _split(fused, sizes, [part.states.shape[1] for part in parts] or [None] * len(sizes))
 
-    def _stack_images(self, names: list[str]) -> tuple[Tokens | None, dict[str, int]]:
-        """Lay the images of all views behind each other; return them and each view's first row."""
-        first: dict[str, int] = {}
+    def _stack_images(self, names: list[tuple[str, bool]]) -> tuple[Tokens | None, dict[tuple[str, bool], int]]:
+        """Lay the images of all views, own or of all ranks, behind each other; return them and each one's first row."""
+        first: dict[tuple[str, bool], int] = {}
         parts: list[Tokens] = []
-        for view in names:
-            if view not in first:
-                first[view] = sum(part.states.shape[0] for part in parts)
-                parts.append(self._fused_tower("image", view))
+        for name in names:
+            if name not in first:
+                first[name] = sum(part.states.shape[0] for part in parts)
+                parts.append(self._candidates("image", *name))
         return _concatenate(parts), first
+
+    def _candidates(self, modality: Modality, view: str, everywhere: bool, first: int | None = None) -> Tokens:
+        """What the fusion reads of this rank's, or of all ranks', images or texts."""
+        tokens = self._fused_tower(modality, view, first)
+        if not everywhere or world_size() == 1:
+            return tokens
+        key = (modality, view, first)
+        if key not in self._gathered:
+            if modality == "text":  # every rank's to one length that all know
+                tokens = pad_to(tokens, getattr(self.model.text.config, "max_length", None))
+            counts = self.batch.counts
+            sizes = None if counts is None else [texts if modality == "text" else images for images, texts in counts]
+            self._gathered[key] = gather_tokens(tokens, sizes)
+        return self._gathered[key]
 
 
 @dataclass(frozen=True)
 class _RowIndex:
     image: Tensor | None
     text: Tensor | None
+    everywhere: bool = False
 
     @property
     def dim(self) -> int:
@@ -255,6 +288,25 @@ def take(tokens: Tokens, index: Tensor) -> Tokens:
     """Return the rows ``index`` [M] of tokens."""
     keep = None if tokens.keep is None else tokens.keep.index_select(0, index)
     return Tokens(tokens.states.index_select(0, index), keep, tokens.pooled.index_select(0, index))
+
+
+def pad_to(tokens: Tokens, length: int | None) -> Tokens:
+    """Pad tokens [B, L, D] to a length.
+
+    Raises:
+        ValueError: there is no such length.
+    """
+    if length is None:
+        raise ValueError("objectives.itm.candidates global needs model.text.max_length; use model.text.kind text")
+    more = length - tokens.states.shape[1]
+    keep = tokens.states.new_ones(tokens.states.shape[:2], dtype=torch.bool) if tokens.keep is None else tokens.keep
+    return Tokens(F.pad(tokens.states, (0, 0, 0, more)), F.pad(keep, (0, more)), tokens.pooled)
+
+
+def gather_tokens(tokens: Tokens, sizes: Sequence[int] | None) -> Tokens:
+    """Return the tokens of all ranks, in rank order; their gradients flow back to their own rank."""
+    keep = None if tokens.keep is None else gather_no_grad(tokens.keep.to(torch.uint8), sizes).bool()
+    return Tokens(gather_grad_to_all(tokens.states, sizes), keep, gather_grad_to_all(tokens.pooled, sizes))
 
 
 def _concatenate(parts: list[Tokens]) -> Tokens | None:

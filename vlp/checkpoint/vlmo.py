@@ -85,7 +85,7 @@ def _objectives(shapes: Shapes, pair_layers: int) -> dict[str, Any]:
         else:
             found["itc"] = itc
     if _has(shapes, "itm_score."):
-        found["itm"] = {"exclude": "diagonal"}
+        found["itm"] = {"exclude": "diagonal", "candidates": "global"}
     if _has(shapes, "mlm_score."):
         # The text stage has no feed-forward of pairs, and its loss its whole weight.
         alone = pair_layers == 0
