@@ -13,7 +13,7 @@ from typing import Any
 from vlp.checkpoint import flava
 from vlp.checkpoint.bert_stack import embeddings, without_copies, word_head
 from vlp.checkpoint.clip import HEAD_WIDTH, scalar_pairs
-from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
+from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, shapes_of
 from vlp.checkpoint.hf_clip import BUFFERS, activation_of, preset_of, section
 from vlp.checkpoint.names import Pair, blocks, rename_pairs
 from vlp.data.presets import albef_blip
@@ -169,7 +169,7 @@ def _rename(state: State) -> Renamed:
         {name: one for name, one in _plain(state).items() if stored[name] not in left},
         {f"{head}.decoder.bias": f"{head}.bias" for head in _HEADS},
     )
-    number = count_layers(state, re.escape(_CODEBOOK) + r"group_1\.group\.block_(\d+)\.") - 1
+    number = count_layers(shapes_of(state), re.escape(_CODEBOOK) + r"group_1\.group\.block_(\d+)\.") - 1
     found = rename_pairs(_table("itm_head.pooler." if trained else "multimodal_model.pooler.", number), whole, BUFFERS)
     return Renamed(found.state, found.ignored | left | copies, tuple(stored[name] for name in found.unexpected))
 
