@@ -213,6 +213,10 @@ class TextEncoder(nn.Module):
         if self.config.init is not None:
             load_bert(self, self.config.init, embeddings=True)
 
+    def finish(self, states: Tensor) -> Tensor:
+        """Bring a layer's states [T, L, D] through what follows the last block."""
+        return self.project(self.final_norm(states))
+
     def forward(self, texts: Texts, layers: bool = False) -> Tokens:
         """Texts -> Tokens, states [T, L, D]; with ``layers`` also the embeddings' and every block's states.
 
@@ -231,7 +235,7 @@ class TextEncoder(nn.Module):
         if self.token is not None:
             states, pooled = states[:, :-1], self.final_norm(states[:, -1])
         else:
-            states = self.project(self.final_norm(states))
+            states = self.finish(states)
             pooled = self._pool(states, texts)
         return Tokens(states, texts.keep, pooled, tuple(every) if layers else None)
 

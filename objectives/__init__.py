@@ -6,7 +6,9 @@ from pydantic import Field
 
 from objectives.answer import AnswerConfig
 from objectives.assign import AssignConfig
+from objectives.box import BoxConfig
 from objectives.classify import ClassifyConfig
+from objectives.fused_itc import FusedItcConfig
 from objectives.itc import ItcConfig
 from objectives.itm import ItmConfig
 from objectives.lm import LmConfig
@@ -22,12 +24,14 @@ from objectives.wra import WraConfig
 ObjectiveConfig: TypeAlias = Annotated[
     ItcConfig
     | SigmoidConfig
+    | FusedItcConfig
     | ItmConfig
     | MlmConfig
     | MimConfig
     | LmConfig
     | AnswerConfig
     | AssignConfig
+    | BoxConfig
     | RankConfig
     | WraConfig
     | MrmConfig

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from encoders.types import AttentionKind, Batch, Modality, Texts, Tokens
-from objectives.base import MAIN, Decode, Embed, Encode, Fuse, Fused, Pass, Results, Rows
+from encoders.types import AttentionKind, Batch, Images, Modality, Texts, Tokens
+from objectives.base import MAIN, WHOLE, Decode, Embed, Encode, Fuse, Fused, Pass, Results, Rows
 from objectives.collectives import gather_grad_to_all, gather_no_grad, world_size
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def views(passes: Iterable[Pass]) -> dict[Modality, set[str]]:
             found["text"] |= {wanted.text} - {None}  # type: ignore[arg-type]
         else:
             found["text"].add(wanted.text)
+    if WHOLE in found["image"]:  # made of the clean images
+        found["image"] = found["image"] - {WHOLE} | {"clean"}
     return found
 
 
@@ -68,6 +70,7 @@ class Step:
         self._read: dict[tuple[Modality, str, int | None], Tokens] = {}
         self._gathered: dict[tuple[Modality, str, int | None], Tokens] = {}
         self._teacher: Step | None = None
+        self._whole = False
 
     def run(self, passes: Iterable[Pass], give_rows: GiveRows | None = None) -> Results:
         """Compute ``passes`` and all they read, each once; ``give_rows`` names the pairs once the embeds are known.
@@ -75,6 +78,7 @@ class Step:
         The teacher's embeds come before the rows, as objectives may draw from them.
         """
         every = sorted(close(passes) - self.results.keys(), key=repr)
+        self._whole |= any(WHOLE in (getattr(one, "view", None), getattr(one, "image", None)) for one in every)
         wanted, teachers = [one for one in every if not one.teacher], [one for one in every if one.teacher]
         for one in wanted:
             if isinstance(one, Encode):
@@ -113,6 +117,8 @@ class Step:
         ``first`` takes the place of a text's first id.
         """
         key = (modality, view, first)
+        if modality == "image" and key not in self._read:
+            self._read_regions(view)
         if key not in self._read:
             encoder = self.model.vision if modality == "image" else self.model.text
             given = self.batch.images if modality == "image" else self.batch.texts
@@ -128,9 +134,23 @@ class Step:
             self._read[key] = encoder(read, layers=self.layers or inner)
         return self._read[key]
 
+    def _read_regions(self, view: str) -> None:
+        """Read pictures and their regions in one go, where the clean images are regions and both are wanted."""
+        clean = self.batch.images.get("clean")
+        if view not in ("clean", WHOLE) or not isinstance(clean, Images) or self.model.vision is None:
+            return
+        if clean.owner is None:
+            if view == WHOLE:
+                self._read["image", WHOLE, None] = self._tower("image", "clean")
+        elif self._whole:
+            regions, whole = self.model.vision.regions(clean)  # type: ignore[operator]
+            self._read["image", "clean", None], self._read["image", WHOLE, None] = regions, whole
+
     def _fused_tower(self, modality: Modality, view: str, first: int | None = None) -> Tokens:
-        """What the fusion reads of a tower: its states, before their last norm where it wants them so; or those of its
-        last layers side by side, [B, N, layers * D]."""
+        """What the fusion reads of a tower: its states, before their last norm where it wants them so.
+
+        Where it reads the tower's last layers, their states side by side, [B, N, layers * D].
+        """
         tokens = self._tower(modality, view, first)
         if number := getattr(self.model.fusion, "reads_layers", 0):
             return self._last_layers(tokens, modality, number)
@@ -145,7 +165,9 @@ class Step:
         found = len(tokens.layers or ()) - 1
         if found < number or not hasattr(encoder, "finish"):
             had = f"has {max(found, 0)}" if hasattr(encoder, "finish") else "of this kind does not show them"
-            raise ValueError(f"model.fusion reads the last {number} layers of each tower, but the {modality} tower {had}")
+            raise ValueError(
+                f"model.fusion reads the last {number} layers of each tower, but the {modality} tower {had}"
+            )
         assert encoder is not None and tokens.layers is not None
         inner = [encoder.finish(states) for states in tokens.layers[-number:-1]]  # type: ignore[operator]
         return replace(tokens, states=torch.cat([*inner, tokens.states], -1))

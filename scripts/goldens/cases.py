@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.goldens import albef, beit3, blip, clip, flava, meter, region, uniter, vilt, vlmo
+from scripts.goldens import albef, beit3, blip, bridgetower, clip, flava, meter, region, uniter, vilt, vlmo
 from scripts.goldens.base import Adapter
 
 ADAPTERS: dict[str, Adapter] = {
@@ -12,6 +12,7 @@ ADAPTERS: dict[str, Adapter] = {
     **vlmo.ADAPTERS,
     **vilt.ADAPTERS,
     **meter.ADAPTERS,
+    **bridgetower.ADAPTERS,
     **uniter.ADAPTERS,
     **clip.ADAPTERS,
     **flava.ADAPTERS,

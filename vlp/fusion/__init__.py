@@ -5,6 +5,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field
 
 from vlp.config import Config
+from vlp.fusion.bridge import Bridge, BridgeConfig
 from vlp.fusion.dual import DualStream, DualStreamConfig
 from vlp.fusion.multiway import Multiway, MultiwayConfig
 from vlp.fusion.single import SingleStream, SingleStreamConfig
@@ -18,7 +19,7 @@ class NoFusionConfig(Config):
 
 
 FusionConfig: TypeAlias = Annotated[
-    NoFusionConfig | SingleStreamConfig | DualStreamConfig | MultiwayConfig | SublayersConfig,
+    NoFusionConfig | SingleStreamConfig | DualStreamConfig | BridgeConfig | MultiwayConfig | SublayersConfig,
     Field(discriminator="kind"),
 ]
-Fusion: TypeAlias = SingleStream | DualStream | Multiway | Sublayers
+Fusion: TypeAlias = SingleStream | DualStream | Bridge | Multiway | Sublayers
