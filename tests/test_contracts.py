@@ -35,6 +35,7 @@ from vlp.decoder import DecoderConfig
 from vlp.fusion.dual import DualStreamConfig
 from vlp.fusion.multiway import MultiwayConfig
 from vlp.fusion.single import SingleStreamConfig
+from vlp.fusion.sublayers import SublayersConfig
 from vlp.model import Model, build_model
 
 PATCH = {"model": "vit_tiny_patch16_224", "image_size": PIXELS, "patch_size": 4, "width": 32, "depth": 2, "heads": 4}
@@ -69,9 +70,18 @@ FUSIONS = {
     "co": DualStreamConfig(**SIZES, attention="co"),
     "co, METER": DualStreamConfig(**SIZES, attention="co", pooler="concat", project=True, modality_embedding=True),
     "co, ViLBERT": DualStreamConfig(**SIZES, attention="co", pooler="product", norm="pre"),
+    "co, sublayers": SublayersConfig(**SIZES),
+    "co, sublayers, pre": SublayersConfig(**SIZES, norm="pre", pooler="product"),
+    "co, LXMERT": SublayersConfig(
+        **SIZES, sublayers=("tt vv", "t v", "tt", "t", "tv vt shared", "tt vv", "t v"), pooler="relu"
+    ),
+    "co, VOLTA's ViLBERT": SublayersConfig(
+        **SIZES, sublayers=("tt", "t", "tv vt", "t v", "tt vv", "t v", "tv vt", "t v"), pooler="product",
+        image_width=48, image_heads=6, image_hidden=40, cross_width=40, cross_heads=5, pooled_width=16,
+    ),
     "multiway, VLMo": MultiwayConfig(**SIZES, key_bias=False, layer_scale=0.1, modality_embedding=True),
     "multiway, BEiT-3": MultiwayConfig(**SIZES, decoupled=True, sub_norm=True, pooler_side="image", pooler_norm=True),
-}
+}  # fmt: skip
 LEFT_TO_RIGHT = [name for name in FUSIONS if not name.startswith("co")]
 DECODERS = {
     "own words": DecoderConfig(**SIZES, share="none"),

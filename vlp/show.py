@@ -21,8 +21,13 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from encoders.types import Batch, Images, Modality, Texts, Tokens, Vocabulary
+from encoders.region import RegionConfig, RegionEncoder
+from encoders.types import Batch, Images, Modality, Regions, Texts, Tokens, Vocabulary
+from objectives.answer import Answer
 from objectives.base import Decode, Draw, Embed, Encode, Fused, Pass, Results, Rows, ViewText
+from objectives.itm import Itm
+from objectives.mrm import Mrm
+from objectives.pair_attention import PairAttention
 from vlp.config import to_yaml
 from vlp.data.batch import pad_texts
 from vlp.model import Model, build_model
@@ -93,12 +98,47 @@ def synthetic_batch(model: Model, size: int, length: int, device: torch.device |
     for name, view in model.text_views().items():
         made = [view.make(row, starts, words, draw.sample(name, position)) for position, row in enumerate(ids)]
         texts[name] = pad_texts(made, view.attention, words.pad, length)
-    side = model.vision.config.image_size
-    pixels = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
-    names = views(model.needs())["image"] | {"clean"}
+    names = sorted(views(model.needs())["image"] | {"clean"})
     number = torch.arange(size)
     host = Batch(texts=texts, image_id=number, caption_id=number, position=number, seen=seen)
-    return replace(host.to(device), images={name: Images(pixels) for name in sorted(names)})
+    host = replace(host, targets=_synthetic_targets(model, size))
+    if isinstance(model.vision, RegionEncoder):
+        regions = _synthetic_regions(model, model.vision.config, size)
+        shown = replace(regions, masked=None)
+        return replace(host, images={name: regions if name == "masked" else shown for name in names}).to(device)
+    side = model.vision.config.image_size
+    pixels = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
+    return replace(host.to(device), images={name: Images(pixels) for name in names})
+
+
+def _synthetic_targets(model: Model, size: int) -> dict[str, Tensor]:
+    """What the objectives' data would say of each text."""
+    found: dict[str, Tensor] = {}
+    for objective in model.objectives.values():
+        if isinstance(objective, Answer | PairAttention):
+            number = len(objective.config.answers)
+            found["answer_scores"] = torch.eye(number)[torch.arange(size) % number]
+        elif isinstance(objective, Itm) and objective.given:
+            found["match"] = torch.arange(size) % 2 == 0
+    return found
+
+
+def _synthetic_regions(model: Model, config: RegionConfig, size: int) -> Regions:
+    """Regions of which every seventh is hidden, with what the detector would say of each."""
+    shape = size, config.number
+    masked = (torch.arange(size * config.number) % 7 == 0).view(shape)
+    at = masked.flatten().nonzero()[:, 0]
+    at = torch.cat([at, at.new_full((-len(at) % 8,), -1)])
+    targets: dict[str, Tensor] = {}
+    for objective in model.objectives.values():
+        for name, target in objective.config.targets.items() if isinstance(objective, Mrm) else ():
+            targets[name] = torch.full((*shape, target.outputs), 1 / target.outputs)
+            if "class" in target.losses:
+                targets[name] = torch.zeros(shape, dtype=torch.int64)
+            if objective.config.mean == "all":
+                targets[f"{name}_scores"] = masked.float()
+    features, boxes = torch.ones(*shape, config.features), torch.ones(*shape, config.boxes)
+    return Regions(features, boxes, masked=masked, predict_at=at, targets=targets)
 
 
 @torch.no_grad()
