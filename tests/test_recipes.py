@@ -27,6 +27,8 @@ PUBLISHED: dict[str, tuple[float, Callable[[dict[str, int]], int], float]] = {
     "pretrain/clip_vit_b32": (151.3e6, lambda p: sum(p.values()), 0.001),
     # The survey's figure, which does not say what it includes: everything, with MLM's untied output of 38.6M.
     "pretrain/meter": (345e6, lambda p: sum(p.values()), 0.04),
+    # Blocks with all their feed-forwards, patch and word embeddings, without heads and projections.
+    "pretrain/vlmo_base": (175e6, lambda p: p["vision"] + p["text"] + p["fusion"], 0.01),
     # Blocks and patch embedding, with neither the word embeddings nor the heads.
     "pretrain/vilt": (87.4e6, lambda p: p["vision"] + p["fusion"], 0.01),
 }

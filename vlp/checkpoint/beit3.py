@@ -64,7 +64,7 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         "objectives": objectives,
         "data": {
             "max_length": 64,
-            "tokenizer": {"source": "microsoft/beit3"},
+            "tokenizer": {"source": "beit3.spm"},
             "transform": {"image_size": side, "resampler": "pillow"},
         },
     }
