@@ -89,6 +89,8 @@ def demo(config: DemoConfig, folder: Path, device: torch.device, *, command: str
     start = time.perf_counter()
     run = pretraining(config)
     outcome = pretrain(run, folder / "pretrain", device, command=command)
+    if not outcome.finished:
+        raise KeyboardInterrupt  # a signal ended it; what was trained is saved
     trained = time.perf_counter()
     loaded = vlp.load(str(outcome.checkpoint), device=str(device))
     results: dict[str, Result] = {
