@@ -102,21 +102,45 @@ class GridEncoder(nn.Module):
 
     def forward(self, images: Images, layers: bool = False) -> Tokens:
         """Images -> Tokens, states [B, N, D]; with ``layers`` also the cells of every stage."""
-        pixels = images.pixels
+        if images.owner is not None:
+            return self.regions(images)[0]
+        found, every = self._map(images.pixels, layers)
+        cells = self._cells(found)
+        if self.config.mean_token:
+            cells = torch.cat([cells.mean(1, keepdim=True), cells], 1)
+        return Tokens(cells, None, self.body.forward_head(found, pre_logits=True), every)
+
+    def regions(self, images: Images) -> tuple[Tokens, Tokens]:
+        """Regions of pictures -> Tokens of the regions [B, N, D], and of the pictures themselves [pixels, N, D].
+
+        A region has its picture's cells, of which it keeps its own; the mean is of these (Zeng et al. 2022, X-VLM).
+        """
+        assert images.owner is not None
+        found, _ = self._map(images.pixels, layers=False)
+        cells = self._cells(found)
+        whole = Tokens(cells, None, self.body.forward_head(found, pre_logits=True))
+        own = cells.index_select(0, images.owner)
+        keep = own.new_ones(own.shape[:2], dtype=torch.bool) if images.keep is None else images.keep
+        weight = keep[..., None].to(own.dtype)
+        pooled = (own * weight).sum(1) / weight.sum(1).clamp(min=1)
+        if self.config.mean_token:
+            own, keep = torch.cat([pooled[:, None], own], 1), torch.cat([keep.new_ones(len(keep), 1), keep], 1)
+            whole = Tokens(torch.cat([cells.mean(1, keepdim=True), cells], 1), None, whole.pooled)
+        return Tokens(own, keep, pooled), whole
+
+    def _map(self, pixels: Tensor, layers: bool) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Pixels -> the body's feature map, and the cells of every stage."""
         if not pixels.is_floating_point():
             pixels = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        every: tuple[Tensor, ...] | None = None
-        if layers:
-            found, stages = self.body.forward_intermediates(pixels, output_fmt="NCHW")
-            every = tuple(stage.flatten(2).transpose(1, 2) for stage in stages)
-        else:
-            found = self.body.forward_features(pixels)
-        pooled = self.body.forward_head(found, pre_logits=True)
-        cells = found.flatten(1, 2) if self._channels_last(found) else found.flatten(2).transpose(1, 2)
-        if self.config.mean_token:
-            cells = torch.cat([cells.mean(1, keepdim=True), cells], 1)
-        return Tokens(cells, None, pooled, every)
+        if not layers:
+            return self.body.forward_features(pixels), None
+        found, stages = self.body.forward_intermediates(pixels, output_fmt="NCHW")
+        return found, tuple(stage.flatten(2).transpose(1, 2) for stage in stages)
+
+    def _cells(self, found: Tensor) -> Tensor:
+        """The map's cells, [B, N, D]."""
+        return found.flatten(1, 2) if self._channels_last(found) else found.flatten(2).transpose(1, 2)
 
     def _channels_last(self, found: Tensor) -> bool:
         """Whether the map is [B, h, w, C] (Swin), as timm says by ``output_fmt``."""

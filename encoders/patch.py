@@ -15,6 +15,7 @@ from timm.layers import HybridEmbed, LayerNorm, PatchEmbed
 from torch import Tensor, nn
 
 from encoders.positions import PositionResize, positions_per_image
+from encoders.queries import Queries, QueriesConfig
 from encoders.types import Images, Tokens
 from vlp.config import Config
 
@@ -53,8 +54,13 @@ class PatchConfig(Config):
     interpolated for each image's own rows and columns of patches (ViLT). None = `image_size`, and no interpolation."""
     drop_path: float = 0.0
     """Stochastic depth rate."""
+    queries: QueriesConfig | None = None
+    """Learned queries that pool the tokens, and whose findings take their place (CoCa)."""
     mask_token: bool = False
     """Learn a token that stands for masked patches (masked image modelling)."""
+    region_depth: int | None = None
+    """Blocks at the top that see only a region's patches, where images are regions of pictures (X-VLM: 4); None = all
+    blocks."""
     mean: tuple[float, float, float] | None = None
     """Channel means of pixels in 0..1; None = the model's own."""
     std: tuple[float, float, float] | None = None
@@ -100,6 +106,9 @@ class PatchEncoder(nn.Module):
             update={"mean": config.mean or tuple(native["mean"]), "std": config.std or tuple(native["std"])}
         )
         self.width: int = self.vit.embed_dim
+        self.queries: Queries | None = None
+        if config.queries is not None:
+            self.queries, self.width = Queries(config.queries, self.width), config.queries.width
         self.bare = config.depth == 0
         if config.position_size is not None and (not self.bare or config.stem):
             raise ValueError(
@@ -108,7 +117,7 @@ class PatchEncoder(nn.Module):
             )
         self.register_buffer("mean", _channels(self.config.mean), persistent=False)
         self.register_buffer("std", _channels(self.config.std), persistent=False)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.width)) if config.mask_token else None
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.vit.embed_dim)) if config.mask_token else None
         self.pooler = nn.Linear(self.width, self.width) if config.pool == "tanh" else None
 
     @property
@@ -125,6 +134,11 @@ class PatchEncoder(nn.Module):
     def patch_size(self) -> int:
         """Side of a patch in pixels, strided convolutions before it included."""
         return self.vit.patch_embed.img_size[0] // self.grid[0]
+
+    @property
+    def has_patches(self) -> bool:
+        """Whether the last of its tokens are the patches."""
+        return self.queries is None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -151,11 +165,11 @@ class PatchEncoder(nn.Module):
     def forward(self, images: Images, layers: bool = False) -> Tokens:
         """Images -> Tokens, states [B, N, D]; with ``layers`` also what the first block reads and every block's states.
 
-        States of ``layers`` have not been through the final norm; :meth:`finish` applies it.
+        States of ``layers`` have not been through the final norm; :meth:`finish` applies it. Regions have none.
         """
-        pixels = images.pixels
-        if not pixels.is_floating_point():
-            pixels = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
+        if images.owner is not None:
+            return self.regions(images, whole=False)[0]
+        pixels = self._normalised(images.pixels)
         keep = self._keep(images.keep)
         # Not every ViT of timm takes a mask (BEiT does not), so none is given where none is needed.
         given: dict[str, Any] = {} if keep is None else {"attn_mask": keep[:, None, None, :]}
@@ -174,7 +188,46 @@ class PatchEncoder(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        return Tokens(states, keep, self._pool(states, keep), tuple(every or [states]) if layers else None)
+        every = every or [states]
+        if self.queries is not None:
+            states, pooled = self.queries(states, keep)
+            return Tokens(states, None, pooled, tuple(every) if layers else None)
+        return Tokens(states, keep, self._pool(states, keep), tuple(every) if layers else None)
+
+    def regions(self, images: Images, whole: bool = True) -> tuple[Tokens, Tokens]:
+        """Regions of pictures -> Tokens of the regions [B, N, D], and of the pictures themselves [pixels, N, D].
+
+        The lower blocks read the pictures alone; from block ``depth - region_depth`` on every region goes on by itself,
+        its tokens seeing no others (Zeng et al. 2022, X-VLM, section 3.1). Without ``whole`` the second holds nothing.
+        """
+        owner, blocks = images.owner, self.vit.blocks
+        assert owner is not None
+        first = len(blocks) - (len(blocks) if self.config.region_depth is None else self.config.region_depth)
+        number = self.num_tokens
+        keep = self._keep(images.keep)
+        if keep is None:
+            keep = owner.new_ones(len(owner), number, dtype=torch.bool)
+        seen = torch.cat([keep, keep.new_ones(len(images.pixels), number)]) if whole else keep
+
+        def spread(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            states = inputs[0].index_select(0, owner)
+            return (torch.cat([states, inputs[0]]) if whole else states,)
+
+        def mask(_: nn.Module, inputs: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return inputs, {**given, "attn_mask": seen[:, None, None, :]}
+
+        hooks = [blocks[first].register_forward_pre_hook(spread)]
+        hooks += [block.register_forward_pre_hook(mask, with_kwargs=True) for block in blocks[first:]]
+        try:
+            states = self.vit.forward_features(self._normalised(images.pixels))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        parts = states[: len(owner)], states[len(owner) :]
+        return Tokens(parts[0], keep, self._pool(parts[0], keep)), Tokens(parts[1], None, self._pool(parts[1], None))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return pixels if pixels.is_floating_point() else (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
 
     def finish(self, states: Tensor) -> Tensor:
         """Apply the final norm to a layer's states [B, N, D]."""

@@ -25,6 +25,9 @@ class Images:
     """[B, 3, H, W], uint8 in 0..255 or already normalised float."""
     keep: Tensor | None = None
     """[B, P] bool, patches that hold image (None = all)."""
+    owner: Tensor | None = None
+    """[B] int64, where images are regions of pictures: the row of ``pixels`` that each is a region of, whose patches
+    ``keep`` says (None = row b)."""
     masked: Tensor | None = None
     """[B, P] bool, patches to replace by the mask token (None = none)."""
     masked_at: Tensor | None = None
@@ -138,7 +141,9 @@ class Batch:
         if not self.images:
             return 0
         first = next(iter(self.images.values()))
-        return (first.pixels if isinstance(first, Images) else first.features).shape[0]
+        if isinstance(first, Regions):
+            return first.features.shape[0]
+        return (first.pixels if first.owner is None else first.owner).shape[0]
 
     @property
     def num_texts(self) -> int:

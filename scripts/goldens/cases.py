@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from scripts.goldens import albef, beit3, blip, bridgetower, clip, flava, meter, region, uniter, vilt, vlmo
+from scripts.goldens import albef, beit3, blip, bridgetower, clip, flava, meter, region, uniter, vilt, vlmo, xvlm
 from scripts.goldens.base import Adapter
 
 ADAPTERS: dict[str, Adapter] = {
     **albef.ADAPTERS,
+    **xvlm.ADAPTERS,
     **blip.ADAPTERS,
     **beit3.ADAPTERS,
     **vlmo.ADAPTERS,

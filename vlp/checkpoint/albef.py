@@ -15,6 +15,7 @@ from vlp.checkpoint.bert_stack import (
     Stack,
     decoder_stack,
     read_stack,
+    shared_keys,
     split_stack,
     without_copies,
     word_head,
@@ -218,23 +219,8 @@ def _copies(state: Mapping[str, Any]) -> dict[str, str]:
             found |= word_head_copies(f"{part}{twin}.cls.predictions.", words)
     if _two_images({name: tuple(one.shape) for name, one in state.items()}):
         for twin in ("", "_m"):
-            found |= _shared_keys(state, f"text_encoder{twin}.encoder.layer.")
+            found |= shared_keys(state, f"text_encoder{twin}.encoder.layer.")
     return found
-
-
-def _shared_keys(state: Mapping[str, Any], prefix: str) -> dict[str, str]:
-    """Keys and values of every second cross-attention are those of the one before (NLVR2)."""
-    numbers = sorted(
-        int(name[len(prefix) :].split(".")[0])
-        for name in state
-        if name.startswith(prefix) and "crossattention.self.key.weight" in name
-    )
-    return {
-        f"{prefix}{second}.crossattention.self.{kind}.{p}": f"{prefix}{first}.crossattention.self.{kind}.{p}"
-        for first, second in zip(numbers[::2], numbers[1::2], strict=True)
-        for kind in ("key", "value")
-        for p in ("weight", "bias")
-    }
 
 
 def rename(state: State) -> Renamed:

@@ -6,7 +6,7 @@ The layers from the first cross-attention on are the fusion (Li et al. 2021, ALB
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, equal
@@ -105,6 +105,24 @@ def word_head(theirs: str, ours: str) -> tuple[Pair, ...]:
 def word_head_copies(theirs: str, words: str) -> dict[str, str]:
     """Return what such a head stores twice: name of the copy -> of the original (``words``: the word embedding)."""
     return {f"{theirs}decoder.weight": words, f"{theirs}decoder.bias": f"{theirs}bias"}
+
+
+def shared_keys(names: Iterable[str], prefix: str) -> dict[str, str]:
+    """Return which weights of a stack of NLVR2 are stored twice: name of the copy -> of the original.
+
+    Keys and values of every second cross-attention are those of the one before.
+    """
+    numbers = sorted(
+        int(name[len(prefix) :].split(".")[0])
+        for name in names
+        if name.startswith(prefix) and "crossattention.self.key.weight" in name
+    )
+    return {
+        f"{prefix}{second}.crossattention.self.{kind}.{p}": f"{prefix}{first}.crossattention.self.{kind}.{p}"
+        for first, second in zip(numbers[::2], numbers[1::2], strict=True)
+        for kind in ("key", "value")
+        for p in ("weight", "bias")
+    }
 
 
 def without_copies(state: State, copies: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -21,11 +21,13 @@ from vlp.checkpoint import (
     vilt,
     vlmo,
     volta,
+    xvlm,
 )
 from vlp.checkpoint.foreign import Family
 
 FAMILIES: tuple[Family, ...] = (
     albef.FAMILY,
+    xvlm.FAMILY,
     blip.FAMILY,
     hf_blip.FAMILY,
     beit3.FAMILY,
