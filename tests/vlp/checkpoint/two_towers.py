@@ -26,7 +26,7 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
         for name, one in model.named_parameters():
             if name.endswith(("logit_scale", "logit_bias", "temperature")):
                 one.copy_(one + noise(one, 0.1).abs())
-            elif one.dim() == 1:
+            elif one.dim() < 2:
                 one.copy_(noise(one, 0.2) + (1.0 if "weight" in name else 0.0))
             else:
                 small = "embed" in name or "conv1" in name
