@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -11,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from vlp.checkpoint.folder import MANIFEST, find_checkpoint, is_checkpoint, manifest_files
-from vlp.checkpoint.foreign import CONFIG_FILES, WEIGHT_FILES, first_line
+from vlp.checkpoint.foreign import CONFIG_FILES, PREPROCESSOR_FILE, WEIGHT_FILES, first_line
+from vlp.data.presets import CLIP_MEAN, CLIP_STD
+from vlp.recipes import did_you_mean
 
 LOADABLE = (
     "give a checkpoint or run folder of vlp, a file or folder of a known family (vlp inspect), an address of one "
-    "(s3://...), or its id on the hub (owner/name)"
+    "(s3://...), its id on the hub (owner/name), or open_clip:MODEL/TAG"
 )
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
-_SMALL = ("*.json", "*.txt", "*.model")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "beit3.spm")
+OPEN_CLIP = "open_clip:"
+_SMALL = ("*.json", "*.txt", "*.model", "*.spm")
 """Configs and tokenizers of foreign checkpoints on the hub."""
 
 
@@ -31,8 +35,12 @@ def local(source: str) -> Iterator[Path]:
     Raises:
         ValueError: there is nothing, or nothing that could be loaded; one line.
     """
+    source = re.sub(r"^(local-dir|hf-hub|hf):", "", source)  # as open_clip writes a folder or a hub id
     path = Path(source)
-    if re.match(r"[a-z][a-z0-9+.-]*://", source):
+    if source.startswith(OPEN_CLIP):
+        with tempfile.TemporaryDirectory() as folder:
+            yield _open_clip(source, Path(folder))
+    elif re.match(r"[a-z][a-z0-9+.-]*://", source):
         with tempfile.TemporaryDirectory() as copy:
             yield _fetch(source, Path(copy))
     elif path.is_file():
@@ -44,6 +52,32 @@ def local(source: str) -> Iterator[Path]:
     else:
         foreign = [name for name in (*CONFIG_FILES, *WEIGHT_FILES) if (path / name).is_file()]
         yield path if foreign and not is_checkpoint(path) else find_checkpoint(path)
+
+
+def _open_clip(source: str, folder: Path) -> Path:
+    """Download the weights ``open_clip:MODEL/TAG`` (or take them from the cache) and put the model's config beside."""
+    import open_clip  # takes seconds, and is only needed here
+
+    model, _, tag = source.removeprefix(OPEN_CLIP).partition("/")
+    config, known = open_clip.get_model_config(model), open_clip.list_pretrained_tags_by_model(model)
+    if config is None:
+        hint = did_you_mean(model, open_clip.list_models(), otherwise="open_clip.list_models() tells all")
+        raise ValueError(f"cannot load {source}: open_clip has no model {model!r}; {hint}")
+    if not open_clip.is_pretrained_cfg(model, tag):
+        raise ValueError(f"cannot load {source}: write open_clip:{model}/TAG with one of {', '.join(known) or 'none'}")
+    tagged = open_clip.get_pretrained_cfg(model, tag)
+    # The tag says which activation its weights were trained with, and the preprocessing where it is not the usual one.
+    config["quick_gelu"] = bool(tagged.get("quick_gelu", config.get("quick_gelu", False)))
+    usual = {"mean": CLIP_MEAN, "std": CLIP_STD, "resize_mode": "shortest", "interpolation": "bicubic"}
+    preprocess = {name: tagged.get(name) or value for name, value in usual.items()}
+    try:
+        weights = Path(open_clip.download_pretrained(tagged)).resolve(strict=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot load {source}: {first_line(error)}; check the network, or HF_HOME") from error
+    (folder / f"open_clip_model{weights.suffix}").symlink_to(weights)
+    settings = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
 
 
 def _fetch(address: str, target: Path) -> Path:
@@ -71,7 +105,7 @@ def _fetch(address: str, target: Path) -> Path:
 
 def _fetch_file(system: Any, path: str, target: Path) -> Path:
     folder, _, name = path.rpartition("/")
-    beside = [one for one in _names(system, folder) if one in (*CONFIG_FILES, *TOKENIZER_FILES)]
+    beside = [one for one in _names(system, folder) if one in (*CONFIG_FILES, PREPROCESSOR_FILE, *TOKENIZER_FILES)]
     for one in (name, *beside):
         system.get(f"{folder}/{one}", str(target / one))
     return target / name
