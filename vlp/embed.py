@@ -26,14 +26,14 @@ class EmbedConfig(Config):
 
     width: int = 256
     """E, width of the common space."""
-    bias: bool = True
-    """The projections have a bias (ALBEF; CLIP has none)."""
+    bias: bool | Literal["image", "text"] = True
+    """Which projections have a bias: both (ALBEF), none (CLIP), or one."""
     image: Projection = "linear"
     """How pooled image vectors come into the space; `none` = they are in it (SigLIP, ALIGN)."""
     text: Projection = "linear"
     """How pooled text vectors come into the space."""
     reads: Literal["pooled", "first"] = "pooled"
-    """What of a tower is projected: its pooled vector, or its first state (FLAVA, whose poolers wait for finetuning)."""
+    """What of a tower is projected: its pooled vector, or its first state (FLAVA beside its poolers)."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on pooled vectors before they are projected: what regularises a space over frozen towers."""
     temperature: float = Field(0.07, gt=0)
@@ -63,7 +63,7 @@ class EmbedSpace(nn.Module):
     @staticmethod
     def _projection(side: str, kind: Projection, width: int, config: EmbedConfig) -> nn.Module:
         if kind == "linear":
-            linear = nn.Linear(width, config.width, bias=config.bias)
+            linear = nn.Linear(width, config.width, bias=config.bias in (True, side))
             initialise(linear)
             return linear
         if width != config.width:

@@ -23,7 +23,7 @@ from objectives.itm import Itm
 from objectives.lm import Lm
 from vlp.config import build
 from vlp.data.batch import pad_texts
-from vlp.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer, load_tokenizer
+from vlp.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 from vlp.data.transforms import EvalTransform, decode_image, rgb_tensor
 from vlp.generate import GenerationConfig, generate_text, trim
 from vlp.generate_masked import generate_masked, masked_writer
@@ -51,7 +51,9 @@ class LazyTokenizer:
     def found(self) -> Tokenizer:
         """The tokenizer."""
         try:
-            return build_tokenizer(self.config, ()) if self.folder is None else load_tokenizer(self.folder)
+            # What the family does to a text (cleaning, full length, added tokens) holds for its own files too.
+            here = {} if self.folder is None else {"source": str(self.folder)}
+            return build_tokenizer(self.config.model_copy(update=here), ())
         except ValueError as error:
             raise ValueError(f"{error}; or give vlp.load(..., tokenizer=FOLDER)") from error
 

@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vlp.checkpoint.script import is_script, read_script
+
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 """Shape of every stored tensor by its name there."""
 State: TypeAlias = Mapping[str, Tensor]
@@ -174,10 +176,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def _unpickle(path: Path) -> Any:
     try:
         if _is_zip(path):
+            if is_script(path):
+                return read_script(path)
             _refuse_bomb(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except Exception as error:  # torch raises whatever the damaged pickle makes its readers raise
-        raise ValueError(f"cannot load {path}: {first_line(error)}; nothing of it was executed") from error
+        reason = first_line(error)
+        if reason.startswith("Weights only load failed"):  # torch goes on with advice to execute it
+            reason = "it is damaged, or holds more than tensors (a pickle can run code)"
+        raise ValueError(f"cannot load {path}: {reason}; nothing of it was executed") from error
 
 
 def _refuse_bomb(path: Path) -> None:

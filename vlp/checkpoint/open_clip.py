@@ -220,11 +220,17 @@ def _embed(shapes: Shapes, text: Mapping[str, Any]) -> dict[str, Any]:
     width = matrix[1] if matrix else linear[0] if linear else text["width"]
     found = {
         "width": width,
-        "bias": prefix + "text_projection.bias" in shapes,
+        "bias": _biased(shapes, prefix),
         "image": "linear" if {"visual.proj", "visual.head.proj.weight"} & shapes.keys() else "none",
         "text": "linear" if matrix or linear else "none",
     }
     return found | ({"temperature": 0.1, "logit_bias": -10.0} if "logit_bias" in shapes else {})
+
+
+def _biased(shapes: Shapes, prefix: str) -> bool | str:
+    """Which projections have a bias."""
+    image, text = "visual.head.proj.bias" in shapes, prefix + "text_projection.bias" in shapes
+    return image if image == text else "image" if image else "text"
 
 
 def _words(model: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def _open_clip(source: str, folder: Path) -> Path:
     model, _, tag = source.removeprefix(OPEN_CLIP).partition("/")
     config, known = open_clip.get_model_config(model), open_clip.list_pretrained_tags_by_model(model)
     if config is None:
-        hint = did_you_mean(model, open_clip.list_models(), otherwise="open_clip.list_models() tells all")
+        near = did_you_mean(model, open_clip.list_models())
+        hint = near if near.startswith("perhaps") else "open_clip.list_models() names them"
         raise ValueError(f"cannot load {source}: open_clip has no model {model!r}; {hint}")
     if not open_clip.is_pretrained_cfg(model, tag):
         raise ValueError(f"cannot load {source}: write open_clip:{model}/TAG with one of {', '.join(known) or 'none'}")
