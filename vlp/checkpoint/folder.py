@@ -147,9 +147,10 @@ def check_whole(folder: Path, verify: bool = False) -> None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds a checkpoint of ours, whole or torn; a config.json is transformers'."""
-    foreign = (folder / "config.json").is_file()
-    return (folder / MANIFEST).is_file() or (not foreign and (folder / "model.safetensors").is_file())
+    """Return whether a folder holds a checkpoint of ours, whole or torn: a manifest, or weights beside config.yaml."""
+    return (folder / MANIFEST).is_file() or all(
+        (folder / one).is_file() for one in ("config.yaml", "model.safetensors")
+    )
 
 
 def checkpoint_folder(run: str | Path, seen: int) -> Path:
