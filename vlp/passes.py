@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from encoders.types import AttentionKind, Batch, Images, Modality, Texts, Tokens
 from objectives.base import MAIN, WHOLE, Decode, Embed, Encode, Fuse, Fused, Pass, Results, Rows
 from objectives.collectives import gather_grad_to_all, gather_no_grad, world_size
+from vlp.multimodal import Multimodal
 
 if TYPE_CHECKING:
     from vlp.model import Model
@@ -179,7 +180,9 @@ class Step:
         assert self.model.fusion is not None
         image, text = (tokens, None) if name.modality == "image" else (None, tokens)
         kind, prefix = self._attention(name.view if name.modality == "text" else None)
-        branch = {} if name.branch == MAIN else {"branch": name.branch}  # only some fusions have further ones
+        branch = {} if name.branch == MAIN else {"branch": name.branch}
+        if branch and name.branch not in getattr(self.model.fusion, "branches", ()):
+            raise ValueError(f"model.fusion has no branch {name.branch!r}; use kind multiway, whose branch is vl")
         fused = self.model.fusion(image, text, attention=kind, prefix=prefix, layers=self.layers, **branch)
         side = fused.image if name.modality == "image" else fused.text
         assert side is not None
@@ -204,7 +207,9 @@ class Step:
         index = self.batch.image_of_text if isinstance(name.memory, Encode) else None
         if text.owner is not None:
             index = text.owner if index is None else index.index_select(0, text.owner)
-        return self.model.decoder(text, memory, index, layers=self.layers)
+        # The text encoder may be its lower half, whose pass then serves both.
+        lower = {"lower": self._tower("text", name.text)} if isinstance(self.model.decoder, Multimodal) else {}
+        return self.model.decoder(text, memory, index, layers=self.layers, **lower)
 
     def _fuse(self, wanted: list[Fuse]) -> None:
         """Run all fuse passes, stacked where attention kind and sides agree."""

@@ -14,6 +14,7 @@ from objectives.base import Draw, Embed, Encode, Fuse
 from vlp.embed import EmbedConfig
 from vlp.fusion.multiway import Multiway, MultiwayConfig
 from vlp.fusion.positions import RelativePositions, _geometric, _spline
+from vlp.fusion.single import SingleStreamConfig
 from vlp.model import Model, ModelConfig, build_model
 
 SIZES = {"width": 32, "layers": 3, "heads": 4}
@@ -86,6 +87,13 @@ def test_branches_part_where_feed_forwards_of_pairs_begin() -> None:
                 one.add_(1.0)
     again = model.run(passes[:2], tiny_batch(3))
     assert torch.equal(again[passes[1]].states, pair.states) and not torch.equal(again[passes[0]].states, main.states)
+
+
+def test_a_branch_that_the_fusion_has_not_is_refused() -> None:
+    config = vlmo(PRETRAINING).config
+    single = config.model_copy(update={"fusion": SingleStreamConfig(**SIZES)})
+    with pytest.raises(ValueError, match="no branch 'vl'; use kind multiway"):
+        build_model(single, PRETRAINING)(tiny_batch(2), Draw(0))
 
 
 def test_relative_positions_are_what_the_distance_says() -> None:
