@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encoders.layers import Activation
 from encoders.types import AttentionKind, Batch, Texts, Vocabulary
 from objectives.base import Decode, Draw, Encode, Fuse, LossOutput, ModelSpec, Objective, Pass, Results, Side, ViewText
 from objectives.distill import DistillConfig, Taught, soft_cross_entropy
@@ -35,6 +36,8 @@ class LmConfig(DistillConfig):
     """Text that is written: the caption, or `lm:answer` for the answers of generative VQA."""
     tied: bool = True
     """The output words are the decoder's word embedding."""
+    activation: Activation = "gelu"
+    """Activation inside the head."""
     prompt: tuple[int, ...] = ()
     """Ids that every text begins with after bos: given, not predicted (BLIP's captions: "a picture of")."""
     mean: Literal["words", "texts"] = "words"
@@ -91,7 +94,11 @@ class Lm(Objective):
         assert spec.decoder_width is not None
         self.config, self.vocabulary_size = config, spec.vocabulary_size
         self.head = VocabularyHead(
-            spec.decoder_width, spec.vocabulary_size, spec.decoder_words if config.tied else None, eps=spec.text_eps
+            spec.decoder_width,
+            spec.vocabulary_size,
+            spec.decoder_words if config.tied else None,
+            activation=config.activation,
+            eps=spec.text_eps,
         )
         self.memory: Encode | Fuse = Encode("image") if config.memory == "image" else Fuse()
         self.written = Decode(self.memory, config.view)
