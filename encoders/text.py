@@ -106,6 +106,8 @@ class TextConfig(StackConfig):
     """Rows of the word embedding; None = the tokenizer's."""
     max_length: int = 512
     """Rows of the position embedding: the longest text."""
+    padding_id: int | None = None
+    """Word whose embedding reading it does not train (BERT's padding, 0); none = every word's is trained."""
     position_offset: int = 0
     """First position id (RoBERTa: 2)."""
     absolute_positions: bool = True
@@ -143,7 +145,7 @@ class TextEmbeddings(nn.Module):
         if config.vocabulary_size is None:
             raise ValueError("model.text.vocabulary_size is unknown: give it or a tokenizer")
         self.offset, self.max_length = config.position_offset, config.max_length
-        self.word = nn.Embedding(config.vocabulary_size, config.width)
+        self.word = nn.Embedding(config.vocabulary_size, config.width, padding_idx=config.padding_id)
         rows = config.max_length + config.position_offset + (config.pool == "token")
         fixed = None if config.train_first_rows else 0
         self.position = nn.Embedding(rows, config.width, fixed) if config.absolute_positions else None

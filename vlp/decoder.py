@@ -27,6 +27,9 @@ class DecoderConfig(BesideConfig):
     (BLIP: cross-attention and feed-forward of layer n are the fusion's)."""
     memory: Literal["image", "text"] = "image"
     """What it reads of a fused memory: its text side (ALBEF's VQA decoder) or its image side."""
+    reads_padding: bool = False
+    """Read the memory's padding as well, so that what is written depends on a batch's longest text; transformers' BLIP
+    does so for questions."""
     init_layer: int = 0
     """First layer of `init` to take."""
 
@@ -84,12 +87,15 @@ class Decoder(nn.Module):
         mask = attention_mask(texts.keep, "causal" if texts.attention == "full" else texts.attention, texts.prefix)
         states = self.embeddings(texts)
         every = [states]
-        memory_mask = attention_mask(gather_keep(memory.keep, memory_index))
+        memory_mask = self._memory_mask(memory, memory_index)
         for block in self.blocks:
             states = block(states, mask, memory=memory.states, memory_index=memory_index, memory_mask=memory_mask)
             every.append(states)
         states = self.final_norm(states)
         return Tokens(states, texts.keep, states[:, 0], tuple(every) if layers else None)
+
+    def _memory_mask(self, memory: Tokens, index: Tensor | None) -> Tensor | None:
+        return None if self.config.reads_padding else attention_mask(gather_keep(memory.keep, index))
 
     def start(self) -> list[Cache]:
         """Return empty caches for :meth:`step`, one a block."""
@@ -106,7 +112,7 @@ class Decoder(nn.Module):
         states = self.embeddings(Texts(ids, torch.ones_like(ids, dtype=torch.bool)), first)
         mask = attention_mask(None, "causal", length=length, device=ids.device)
         assert mask is not None
-        memory_mask = attention_mask(gather_keep(memory.keep, memory_index))
+        memory_mask = self._memory_mask(memory, memory_index)
         states = run_cached(
             self.blocks,
             caches,

@@ -220,14 +220,12 @@ def _hf_captions(case: Case) -> Mapping[str, Output]:
 
 
 def _hf_answers(case: Case) -> Mapping[str, Output]:
-    # transformers, too, reads the padding of the questions when it generates.
-    greedy = generated("greedy_ids", lambda ran: replace(ran[Fuse()].text, keep=None))
     return {
         "image_embeds": lambda ran: ran[IMAGE].states,
         "question_states": lambda ran: ran[Fuse()].text.states,
         "decoder_logits": lambda ran: ran.head("lm", ran[ANSWERED].states),
         "loss": lambda ran: ran.loss("lm"),
-        "greedy_ids": greedy,
+        "greedy_ids": generated("greedy_ids", lambda ran: ran[Fuse()].text),
     }
 
 
@@ -297,6 +295,8 @@ ADAPTERS: dict[str, Adapter] = {
             "question_states": case.inputs["attention_mask"].bool(),
             "decoder_logits": case.inputs["decoder_attention_mask"].bool(),
         },
+        # transformers 5 leaves the question's mask out where the decoder reads it, and in generation all versions do.
+        settings=lambda case: {"model": {"decoder": {"reads_padding": True}}},
     ),
 }
 """Which adapter reads which cases."""

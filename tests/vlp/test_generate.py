@@ -200,3 +200,78 @@ def test_mistakes_are_named(pair, memory):
         generate_text(ours, memory, WORDS, GenerationConfig(max_length=4), torch.full((5, 4), 2))
     with pytest.raises(ValueError, match="cannot write text"):
         generate_text(ours, memory, WORDS, GenerationConfig(max_length=9), objective="other")
+
+
+class Chain:
+    """A model whose next word depends on the last word and on its place, by one table for all rows."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits, self.read = logits, 0  # [L, V, V]
+
+    def step(self, ids):
+        self.read += ids.shape[1]
+        return self.logits[self.read - 1, ids[:, -1]]
+
+    def reorder(self, index):
+        pass
+
+
+def beam_of_transformers_4(logits, prompt, beams, limit, eos, penalty, min_length, early):
+    """Beam search of one text as transformers 4.15 words it, with a list of finished texts."""
+    running, done = [(0.0, prompt)], []
+    while True:
+        length, candidates = len(running[0][1]), []
+        for total, text in running:
+            words = logits[length - 1, text[-1]].log_softmax(0)
+            candidates += [
+                (total + score, [*text, word])
+                for word, score in enumerate(words.tolist())
+                if word != eos or length >= min_length
+            ]
+        candidates = sorted(candidates, key=lambda one: -one[0])[: 2 * beams]
+        running = []
+        for rank, (total, text) in enumerate(candidates):
+            if text[-1] != eos:
+                running.append((total, text))
+            elif rank < beams:
+                done.append((total / length**penalty, text))
+            if len(running) == beams:
+                break
+        done = sorted(done, key=lambda one: -one[0])[:beams]
+        enough = len(done) == beams and (early or done[-1][0] >= candidates[0][0] / length**penalty)
+        if enough or length + 1 == limit:
+            left = [] if enough else [(total / (length + 1) ** penalty, text) for total, text in running]
+            return max(done + left, key=lambda one: one[0])
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_scores_over_all_ids_are_those_of_transformers_4(early):
+    generator, differs = torch.Generator().manual_seed(0), 0
+    for draw in range(40):
+        logits = torch.randn(9, 12, 12, generator=generator) * 2
+        logits[:, :, 3] += 1.0  # texts are to end before the limit now and then
+        prompt = [2, 7, 5, 9][: 1 + draw % 4]
+        penalty, beams = [1.0, 0.5, 2.0][draw % 3], 2 + draw % 3
+        wanted, text = beam_of_transformers_4(logits, prompt, beams, 9, 3, penalty, 5, early)
+        settings = {"method": "beam", "beams": beams, "max_length": 9, "min_length": 5, "length_penalty": penalty}
+        config = GenerationConfig(**settings, early_stopping=early, score_length="all")
+        found = generate(Chain(logits), torch.tensor([prompt]), config, eos=3, pad=0)
+        assert trim(found.ids, len(prompt), 3) == [text]
+        torch.testing.assert_close(found.scores, torch.tensor([wanted]), atol=1e-4, rtol=1e-4)
+        now = config.model_copy(update={"score_length": "written"})
+        differs += trim(generate(Chain(logits), torch.tensor([prompt]), now, eos=3, pad=0).ids, len(prompt), 3) != [
+            text
+        ]
+    assert differs > 0
+
+
+def test_own_prompt_is_read_and_left_out(pair, memory):
+    ours = pair[1]
+    prompt = torch.tensor([[WORDS.bos, 9, 7]]).expand(5, -1)
+    given, scores = generate_text(ours, memory, WORDS, GenerationConfig(max_length=12), prompt)
+    lm = ours.objectives["lm"]
+    plain, lm.config = lm.config, lm.config.model_copy(update={"prompt": (9, 7)})
+    found, same_scores = generate_text(ours, memory, WORDS, GenerationConfig(max_length=12))
+    lm.config = plain
+    assert [text[:1] + text[3:] for text in given] == found
+    torch.testing.assert_close(scores, same_scores)

@@ -98,7 +98,7 @@ def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
 def text_recipe(text: Stack, stack: Mapping[str, Any]) -> dict[str, Any]:
     """Return the text encoder of a BLIP: bare embeddings, as the fusion is the tower."""
     sizes = {"vocabulary_size": text.vocabulary, "max_length": text.positions, "segments": text.segments}
-    return {"kind": "text", **stack, "layers": 0, **sizes}
+    return {"kind": "text", **stack, "layers": 0, **sizes, "padding_id": 0}
 
 
 def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

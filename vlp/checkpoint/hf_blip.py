@@ -74,7 +74,8 @@ def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         "dropout": known.get("hidden_dropout_prob", 0.0),
     }
     vision, transform = _vision(shapes, config, notes)
-    model: dict[str, Any] = {"vision": vision, "text": text_recipe(text, stack), "fusion": {"kind": "none"}}
+    words = text_recipe(text, stack) | {"padding_id": known.get("pad_token_id", 0)}
+    model: dict[str, Any] = {"vision": vision, "text": words, "fusion": {"kind": "none"}}
     if encodes:
         model["fusion"] = {"kind": "dual_stream", "attention": "cross", **stack, "layers": text.layers}
     if decodes:
@@ -130,7 +131,11 @@ def _objectives(shapes: Shapes, text: Mapping[str, Any], config: Mapping[str, An
     if "itm_head.weight" in shapes:
         found["itm"] = {"exclude": "id"}
     if HEAD + "transform.dense.weight" in shapes:
-        found["lm"] = {"label_smoothing": text.get("label_smoothing", 0.0), "tied": tied(config)}
+        found["lm"] = {
+            "label_smoothing": text.get("label_smoothing", 0.0),
+            "tied": tied(config),
+            "activation": activation_of(text, "gelu"),
+        }
         if ENCODER + WORDS in shapes:
             found["lm"] |= {"memory": "fused", "view": "lm:answer"}
     return found
