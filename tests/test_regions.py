@@ -340,9 +340,6 @@ def test_margin(scheme: Any) -> None:
             {"clean": replace(words, ids=words.ids[[text]], keep=words.keep[[text]])},
         )
         scores.append(rank.score(model.run({Fuse()}, alone)[Fuse()].pooled)[0].sigmoid())
-    table = torch.stack(
-        [scores[f"{i}/{t}"] for i, t in zip(images.flatten().tolist(), texts.flatten().tolist(), strict=True)]
-    )
     table = torch.stack(scores).view(-1, 2 if scheme != "both" else 3)
     wanted = (0.3 + table[:, 1:] - table[:, :1]).clamp(min=0).mean()
     torch.testing.assert_close(model.losses(batch, Draw(0))["rank"].loss, wanted, rtol=1e-4, atol=1e-6)
