@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from encoders.layers import Activation, Block, Cache, attention_mask, initialise
 from encoders.sources import local_source
@@ -104,10 +106,10 @@ class TextConfig(StackConfig):
     kind: Literal["text"] = "text"
     vocabulary_size: int | None = None
     """Rows of the word embedding; None = the tokenizer's."""
-    max_length: int = 512
-    """Rows of the position embedding: the longest text."""
     padding_id: int | None = None
     """Word whose embedding reading it does not train (BERT's padding, 0); none = every word's is trained."""
+    max_length: int = 512
+    """Rows of the position embedding: the longest text."""
     position_offset: int = 0
     """First position id (RoBERTa: 2)."""
     absolute_positions: bool = True
@@ -126,7 +128,9 @@ class TextConfig(StackConfig):
     """Id whose first place `pool: eos` reads."""
     token_sees: Literal["text", "text_late"] = "text"
     """What the token of `pool: token` sees: the real tokens and itself, or, one place late, the real tokens and the
-    place behind the last of them, as in all published CoCas."""
+    place behind the last of them (a pad, or else itself), as in all published CoCas."""
+    pad: int = 0
+    """Id of that pad."""
     project: int | None = None
     """Width that a norm and a dense layer bring the last states to (AltCLIP); none = they stay as they are."""
     fused_first: int | None = None
@@ -223,30 +227,36 @@ class TextEncoder(nn.Module):
         """Texts -> Tokens, states [T, L, D]; with ``layers`` also the embeddings' and every block's states.
 
         With a token behind the text (``pool: token``) only that goes through the final norm: the text's own states are
-        the lower half of a decoder, and ``layers`` are [T, L + 1, D].
+        the lower half of a decoder; ``layers`` hold the token's states last.
         """
         kind = "causal" if self.config.causal else texts.attention
-        states, keep = self.embeddings(texts), texts.keep
-        if self.token is not None:
-            states, keep = self._with_token(states, keep)
+        if self.token is None:
+            states, keep = self.embeddings(texts), texts.keep
+        else:
+            states, keep = self._with_token(texts)
         mask = attention_mask(keep, kind, texts.prefix)
         every = [states]
         for block in self.blocks:
             states = block(states, mask)
             every.append(states)
         if self.token is not None:
-            states, pooled = states[:, :-1], self.final_norm(states[:, -1])
+            states, pooled = states[:, : texts.ids.shape[1]], self.finish(states[:, -1])
         else:
             states = self.finish(states)
             pooled = self._pool(states, texts)
         return Tokens(states, texts.keep, pooled, tuple(every) if layers else None)
 
-    def _with_token(self, states: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, L, D], [T, L] -> the same with the token behind: [T, L + 1, D], [T, L + 1]."""
+    def _with_token(self, texts: Texts) -> tuple[Tensor, Tensor]:
+        """Texts -> embeddings with the token at the last position, and what of them is seen: [T, M, D] and [T, M]."""
         assert self.token is not None
+        keep, length = texts.keep, texts.ids.shape[1]
+        if length < self.embeddings.max_length:  # one pad behind the longest text, so that padding changes nothing
+            ids = F.pad(texts.ids, (0, 1), value=self.config.pad)
+            texts, keep = replace(texts, ids=ids), F.pad(keep, (0, 1))
+        states = self.embeddings(texts)
         token: Tensor = self.token
         if self.embeddings.position is not None:
-            token = token + self.embeddings.position.weight[states.shape[1]]
+            token = token + self.embeddings.position.weight[-1]
         states = torch.cat([states, token.to(states.dtype).expand(len(states), 1, -1)], 1)
         seen = torch.ones_like(keep[:, :1])
         # Attention is causal, so a key that is shown one place late is first seen by the place behind the text.

@@ -37,8 +37,8 @@ class VocabularyHead(nn.Module):
         return self.decoder(self.norm(self.activation(self.dense(states))))
 
 
-WordHead: TypeAlias = Literal["bert", "linear"]
-"""What gives word scores: dense, activation, norm, words (BERT); or the words alone (BEiT-3)."""
+WordHead: TypeAlias = Literal["bert", "linear", "bare"]
+"""What gives word scores: dense, activation, norm, words (BERT); words alone (BEiT-3); these without bias (CoCa)."""
 
 
 def word_head(
@@ -57,7 +57,7 @@ def word_head(
     """
     if kind == "bert":
         return VocabularyHead(width, vocabulary_size, tied, activation=activation, eps=eps)
-    head = nn.Linear(width, vocabulary_size)
+    head = nn.Linear(width, vocabulary_size, bias=kind == "linear")
     initialise(head)
     if tied is not None:
         if tied.shape[1] != width:

@@ -15,11 +15,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.layers import Activation
-from encoders.types import AttentionKind, Batch, Texts, Vocabulary
-from objectives.base import Decode, Draw, Encode, Fuse, LossOutput, ModelSpec, Objective, Pass, Results, Side, ViewText
+from encoders.types import AttentionKind, Batch, Texts, Tokens, Vocabulary
+from objectives.base import (
+    Decode,
+    Draw,
+    Encode,
+    Fuse,
+    Fused,
+    LossOutput,
+    ModelSpec,
+    Objective,
+    Pass,
+    Results,
+    Side,
+    ViewText,
+)
 from objectives.distill import DistillConfig, Taught, soft_cross_entropy
-from objectives.heads import VocabularyHead, labelled
-from objectives.mlm import count_labels, word_loss
+from objectives.heads import WordHead, labelled, word_head
+from objectives.mlm import word_loss
 
 
 class LmConfig(DistillConfig):
@@ -30,10 +43,14 @@ class LmConfig(DistillConfig):
     """Weight of this loss in the sum."""
     label_smoothing: float = 0.0
     """Share of the target spread over the vocabulary (BLIP 0.1)."""
-    memory: Literal["image", "fused"] = "image"
-    """What the decoder reads: the image tokens (captioning), or the fused question (generative VQA)."""
+    memory: Literal["image", "fused", "beside"] = "image"
+    """What the decoder reads: the image tokens (captioning), or the fused question (generative VQA). `beside`: there is
+    no decoder, the text that is written is itself fused with the image, left to right (GIT, SimVLM)."""
     view: str = "causal"
-    """Text that is written: the caption, or `lm:answer` for the answers of generative VQA."""
+    """Text that is written: the caption; `lm:answer` for the answers of generative VQA; or `clean`, as the text encoder
+    reads it, whose first and last ids are then bos and eos (CoCa: one pass for contrast and caption)."""
+    head: WordHead = "bert"
+    """What gives the word scores: BERT's prediction head, one linear map (GIT), or that without a bias (CoCa)."""
     tied: bool = True
     """The output words are the decoder's word embedding."""
     activation: Activation = "gelu"
@@ -51,7 +68,7 @@ class LmConfig(DistillConfig):
     @property
     def reads(self) -> frozenset[Side]:
         """Sides of the fusion that it reads: the decoder's memory, where that is fused."""
-        return frozenset({"memory"} if self.memory == "fused" else ())
+        return frozenset({"memory"} if self.memory == "fused" else {"text"} if self.memory == "beside" else ())
 
     def build(self, spec: ModelSpec) -> Lm:
         """Build the objective.
@@ -59,7 +76,13 @@ class LmConfig(DistillConfig):
         Raises:
             ValueError: there is no decoder, or no fusion for the decoder to read.
         """
-        if spec.decoder_width is None:
+        if self.memory == "beside":
+            if "causal" not in spec.fusion_attention:
+                raise ValueError(
+                    "objectives.lm.memory beside writes with the fusion, which must read texts left to right, but "
+                    f"model.fusion.kind {spec.fusion} does not; use single_stream, or a decoder and memory image"
+                )
+        elif spec.decoder_width is None:
             raise ValueError("objective lm needs a decoder; set model.decoder.kind causal or remove lm")
         if self.memory == "fused" and spec.fusion == "none":
             raise ValueError(
@@ -91,24 +114,45 @@ class Lm(Objective):
 
     def __init__(self, config: LmConfig, spec: ModelSpec) -> None:
         super().__init__()
-        assert spec.decoder_width is not None
+        beside = config.memory == "beside"
+        width, words = spec.decoder_width, spec.decoder_words
+        if beside:
+            width, words = spec.text_width, spec.word_embedding
+        assert width is not None
         self.config, self.vocabulary_size = config, spec.vocabulary_size
-        self.head = VocabularyHead(
-            spec.decoder_width,
-            spec.vocabulary_size,
-            spec.decoder_words if config.tied else None,
-            activation=config.activation,
-            eps=spec.text_eps,
+        tied = words if config.tied else None
+        self.head = word_head(
+            config.head, width, spec.vocabulary_size, tied, spec.text_eps, activation=config.activation
         )
         self.memory: Encode | Fuse = Encode("image") if config.memory == "image" else Fuse()
-        self.written = Decode(self.memory, config.view)
+        self.written: Decode | Fuse = Fuse(text=config.view) if beside else Decode(self.memory, config.view)
         self.taught = replace(self.written, teacher=True)
         self.teaches_head = config.distill > 0
         self.needs: frozenset[Pass] = frozenset({self.written, self.taught} if self.teaches_head else {self.written})
-        self.views = {config.view: CausalView(prompt=config.prompt)}
+        if config.view != "clean":
+            self.views = {config.view: CausalView(prompt=config.prompt)}
 
     def count(self, batch: Batch) -> Tensor | float:
-        return count_labels(batch, self.config.view) if self.config.mean == "words" else self._owners(batch)
+        if self.config.mean == "texts":
+            return self._owners(batch)
+        labels = self._text(batch).labels
+        assert labels is not None
+        return (labels != -100).sum()
+
+    def _text(self, batch: Batch) -> Texts:
+        """The text that is written, with its labels."""
+        text = batch.texts[self.config.view]
+        if self.config.view != "clean":
+            return text
+        following = torch.where(text.keep[:, 1:], text.ids[:, 1:], -100)
+        return replace(text, labels=F.pad(following, (0, 1), value=-100))
+
+    @staticmethod
+    def _states(found: Tokens | Fused) -> Tensor:
+        """States of the written text, [T, L, D]."""
+        tokens = found.text if isinstance(found, Fused) else found
+        assert tokens is not None
+        return tokens.states
 
     def _owners(self, batch: Batch) -> float:
         """How many images or questions the texts belong to."""
@@ -125,19 +169,19 @@ class Lm(Objective):
         if self.config.mean == "texts":
             losses, weight = self.losses(results, batch), batch.texts[self.config.view].weight
             return LossOutput((losses if weight is None else losses * weight).sum() / self._owners(batch))
-        text, states = batch.texts[self.config.view], results[self.written].states
+        text, states = self._text(batch), self._states(results[self.written])
         assert text.labels is not None
         smoothing, taught = self.config.label_smoothing, self._taught(results, batch)
         return word_loss(self.head, states, text.labels, text.label_at, smoothing, taught)
 
     def losses(self, results: Results, batch: Batch) -> Tensor:
         """Return each text's loss before its weight, summed over its words, [T]."""
-        text, states = batch.texts[self.config.view], results[self.written].states
+        text, states = self._text(batch), self._states(results[self.written])
         return text_losses(self.head, states, text, self.config.label_smoothing, self._taught(results, batch))
 
     def _taught(self, results: Results, batch: Batch) -> Taught | None:
         if share := self.config.share(batch.seen):
-            return Taught(results.teacher_head(self.name), results[self.taught].states, share)
+            return Taught(results.teacher_head(self.name), self._states(results[self.taught]), share)
         return None
 
 

@@ -19,8 +19,8 @@ from encoders.types import Texts, Tokens, Vocabulary
 from objectives.base import Draw
 from objectives.lm import Lm
 from vlp.config import Config
-from vlp.decoder import Decoder
 from vlp.model import Model
+from vlp.multimodal import AnyDecoder
 
 NEVER = -1e9
 """Score of a beam that cannot win; finite, so that sums of it stay comparable."""
@@ -45,6 +45,8 @@ class GenerationConfig(Config):
     """Ids before which the text may not end, prompt included."""
     max_length: int = Field(30, ge=2)
     """Ids at which the text stops, prompt included."""
+    force_end: bool = False
+    """The last id that there is room for is the end (open_clip's CoCa; greedy, nucleus)."""
     top_p: float = Field(0.9, gt=0, le=1)
     """Draw from the fewest words whose probabilities sum to this (nucleus)."""
     temperature: float = Field(1.0, gt=0)
@@ -89,7 +91,7 @@ class DecoderStepper:
     """
 
     def __init__(
-        self, decoder: Decoder, head: nn.Module, memory: Tokens, rows: Tensor | None = None, use_cache: bool = True
+        self, decoder: AnyDecoder, head: nn.Module, memory: Tokens, rows: Tensor | None = None, use_cache: bool = True
     ) -> None:
         self.decoder, self.head, self.memory, self.use_cache = decoder, head, memory, use_cache
         first = torch.arange(memory.states.shape[0], device=memory.states.device)
@@ -160,7 +162,7 @@ def generate_text(
     return [text[:1] + text[1 + len(own) :] for text in texts], found.scores
 
 
-def writer_of(model: Model, objective: str | None) -> tuple[Decoder, Lm]:
+def writer_of(model: Model, objective: str | None) -> tuple[AnyDecoder, Lm]:
     """Return the decoder, and the objective of this name (or the only one) whose head writes.
 
     Raises:
@@ -234,6 +236,8 @@ def _one_by_one(stepper: Stepper, prompt: Tensor, config: GenerationConfig, eos:
             word = Draw(config.seed, ids.shape[1]).categorical("generate.nucleus", weights)
         else:
             word = logits.argmax(1)
+        if config.force_end and ids.shape[1] + 1 == config.max_length:
+            word = torch.full_like(word, eos)
         total += logits.log_softmax(1).gather(1, word[:, None])[:, 0].masked_fill(ended, 0.0)
         written += (~ended).float()
         word = word.masked_fill(ended, pad)

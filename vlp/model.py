@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from encoders import AnyTextConfig, PatchConfig, TextConfig, VisionConfig
 from encoders.codebook import Codebook, CodebookConfig
+from encoders.patch import PatchEncoder
 from encoders.region import RegionEncoder
 from encoders.types import Batch, Modality
 from objectives import ObjectiveConfig
@@ -39,11 +40,11 @@ from objectives.base import (
 )
 from objectives.collectives import sum_no_grad, world_size
 from vlp.config import Config
-from vlp.decoder import Decoder, DecoderConfig
 from vlp.embed import EmbedConfig, EmbedSpace
 from vlp.fusion import Fusion, FusionConfig, NoFusionConfig
 from vlp.fusion.dual import DualStream, DualStreamConfig
 from vlp.fusion.multiway import MultiwayConfig
+from vlp.multimodal import AnyDecoder, AnyDecoderConfig
 from vlp.parts import part_seed
 from vlp.passes import Step, close, views
 from vlp.teacher import Teacher
@@ -62,7 +63,7 @@ class ModelConfig(Config):
     """Ids -> text tokens."""
     fusion: FusionConfig = Field(default_factory=DualStreamConfig)
     """Where they meet."""
-    decoder: DecoderConfig | None = None
+    decoder: AnyDecoderConfig | None = None
     """Writes text; none = the model does not generate."""
     embed: EmbedConfig = Field(default_factory=EmbedConfig)
     """Common space of image and text."""
@@ -149,7 +150,7 @@ class Model(nn.Module):
         self.config = config.model_copy(update={name: part.config for name, part in parts.items() if part is not None})
         self._check(config)
 
-    def _build_decoder(self, config: ModelConfig) -> Decoder | None:
+    def _build_decoder(self, config: ModelConfig) -> AnyDecoder | None:
         if config.decoder is None:
             return None
         fused_width = None if self.fusion is None else self.fusion.text_width
@@ -217,7 +218,7 @@ class Model(nn.Module):
             image_tower_width=self._tower_width("image"),
             image_prefix=getattr(self.vision, "num_prefix", 1),
             image_width=getattr(fusion, "image_width", None),
-            image_grid=getattr(self.vision, "grid", None),
+            image_grid=self.vision.grid if isinstance(self.vision, PatchEncoder) and self.vision.has_patches else None,
             patch_size=getattr(self.vision, "patch_size", 16),
             feature_projection=getattr(self.vision, "feature_projection", None),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.goldens import albef, beit3, blip, bridgetower, clip, flava, meter, region, uniter, vilt, vlmo, xvlm
+from scripts.goldens import albef, beit3, blip, bridgetower, clip, coca, flava, meter, region, uniter, vilt, vlmo, xvlm
 from scripts.goldens.base import Adapter
 
 ADAPTERS: dict[str, Adapter] = {
@@ -16,6 +16,7 @@ ADAPTERS: dict[str, Adapter] = {
     **bridgetower.ADAPTERS,
     **uniter.ADAPTERS,
     **clip.ADAPTERS,
+    **coca.ADAPTERS,
     **flava.ADAPTERS,
     **region.ADAPTERS,
 }
