@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from encoders.types import Batch, Images, Texts
 from objectives.base import Embed, Encode, Fuse
 from objectives.itc import similarities
 from scripts.goldens.base import Adapter, Case, Output, Ran
+from vlp.fusion.multiway import Multiway
+from vlp.fusion.positions import RelativePositions
 from vlp.loaded import Loaded
 
 IMAGE, TEXT = Embed("image"), Embed("text")
@@ -38,7 +40,7 @@ def _batch(case: Case, loaded: Loaded) -> Batch:
     )
 
 
-def _text_keep(*names: str) -> Mapping[str, Tensor]:
+def _text_keep(*names: str) -> Callable[[Case], Mapping[str, Tensor]]:
     return lambda case: {name: case.inputs["text_masks"].bool() for name in names if name in case.outputs}
 
 
@@ -51,13 +53,18 @@ def _scale(name: str) -> Output:
 
 
 def _index(num_image: int, length: int) -> Output:
-    return lambda ran: ran.model.fusion.positions.index(num_image, length)
+    return lambda ran: _positions(ran).index(num_image, length)
+
+
+def _positions(ran: Ran) -> RelativePositions:
+    fusion = ran.model.fusion
+    assert isinstance(fusion, Multiway) and fusion.positions is not None
+    return fusion.positions
 
 
 def _joint_index(ran: Ran) -> Tensor:
     """Text first, as floats."""
-    found = ran.model.fusion.positions.index(17, 12).roll((12, 12), (0, 1))
-    return found.float()
+    return _positions(ran).index(17, 12).roll((12, 12), (0, 1)).float()
 
 
 def _infer(case: Case) -> Mapping[str, Output]:
