@@ -140,13 +140,14 @@ def _layers(language: int, vision: int, cross: int) -> list[Pair]:
             found += _feed(theirs + "intermediate.", theirs + "output.", ours.format(2 * number + 1))
     first = 2 * max(language, vision)
     for number in range(cross):
-        theirs, ours = f"encoder.x_layers.{number}.", [f"fusion.sublayers.{first + 3 * number + n}." for n in range(3)]
+        theirs = f"encoder.x_layers.{number}."
+        crossed, looked, fed = (f"fusion.sublayers.{first + 3 * number + n}." for n in range(3))
         both = theirs + "visual_attention."
-        found += _attention(both + "att.", both + "output.", ours[0] + "text.")
+        found += _attention(both + "att.", both + "output.", crossed + "text.")
         for name, stream in (("lang", "text."), ("visn", "image.")):
             own = f"{theirs}{name}_self_att."
-            found += _attention(own + "self.", own + "output.", ours[1] + stream)
-            found += _feed(f"{theirs}{name}_inter.", f"{theirs}{name}_output.", ours[2] + stream)
+            found += _attention(own + "self.", own + "output.", looked + stream)
+            found += _feed(f"{theirs}{name}_inter.", f"{theirs}{name}_output.", fed + stream)
     return found
 
 

@@ -16,7 +16,7 @@ from vlp.checkpoint.names import Pair, rename_pairs
 
 _WORDS = "bert.embeddings.word_embeddings.weight"
 _LAYERS = r"bert\.encoder\.layer\.(\d+)\."
-REGION_LOSSES = {
+REGION_LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "0": ("classes", {"losses": ["kl"], "reduce": "sum"}),
     "1": ("features", {"losses": ["mse"]}),
     "2": ("features", {"losses": ["nce"]}),
@@ -100,7 +100,7 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     sublayers = _sublayers(shapes, config, assumed)
     vision = _vision(shapes)
     heads = _number(config, "num_attention_heads", max(1, width // 64), assumed)
-    text = {
+    text: dict[str, Any] = {
         "layers": 0,
         "width": width,
         "heads": heads,
@@ -110,7 +110,7 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         "max_length": shapes["bert.embeddings.position_embeddings.weight"][0],
         "segments": shapes["bert.embeddings.token_type_embeddings.weight"][0],
     }
-    fusion = {
+    fusion: dict[str, Any] = {
         "kind": "sublayers",
         "sublayers": list(sublayers),
         "layers": sum("tt" in one for one in sublayers),
@@ -161,10 +161,11 @@ def _vision(shapes: Shapes) -> dict[str, Any]:
     Raises:
         ValueError: they are VL-BERT's or another model's.
     """
-    for prefix, more in (
+    kinds: tuple[tuple[str, dict[str, Any]], ...] = (
         ("bert.v_embeddings.", {"merge": "sum"}),
         ("bert.embeddings.", {"merge": "norm_sum", "segments": "text"}),
-    ):
+    )
+    for prefix, more in kinds:
         if prefix + "image_embeddings.weight" in shapes:
             width, features = shapes[prefix + "image_embeddings.weight"]
             if prefix + "ImgLayerNorm.weight" in shapes:
