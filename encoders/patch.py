@@ -126,6 +126,11 @@ class PatchEncoder(nn.Module):
         return self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
 
     @property
+    def patch_side(self) -> int:
+        """Side of a patch in pixels."""
+        return self.vit.patch_embed.patch_size[0]
+
+    @property
     def num_prefix(self) -> int:
         """Tokens before the first patch: class and register tokens."""
         return self.vit.num_prefix_tokens
@@ -235,8 +240,7 @@ class PatchEncoder(nn.Module):
 
     def _embed_per_image(self, pixels: Tensor, keep: Tensor | None) -> Tensor:
         """[B, 3, H, W] and keep [B, P] -> [B, N, D]: patches with the positions of each image's own grid."""
-        side = self.vit.patch_embed.patch_size[0]
-        grid = pixels.shape[2] // side, pixels.shape[3] // side
+        grid = pixels.shape[2] // self.patch_side, pixels.shape[3] // self.patch_side
         prefix = self.vit.num_prefix_tokens
         positions = positions_per_image(self.vit.pos_embed[0], grid, prefix, keep)  # [B or 1, N, D]
         states = self.vit.patch_embed(pixels)

@@ -21,10 +21,11 @@ from objectives.answer import Answer
 from objectives.base import Embed, Encode, Fuse, Pass, ViewText
 from objectives.itm import Itm
 from objectives.lm import Lm
+from objectives.rank import Rank
 from vlp.config import build
 from vlp.data.batch import pad_texts
 from vlp.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
-from vlp.data.transforms import EvalTransform, decode_image, rgb_tensor
+from vlp.data.transforms import EvalTransform, decode_image, pad_images, rgb_tensor
 from vlp.generate import GenerationConfig, generate_text, trim
 from vlp.generate_masked import generate_masked, masked_writer
 from vlp.model import Model
@@ -98,11 +99,15 @@ class Loaded:
         return self._embed(Embed("text"), ((None, part) for part in _parts(texts, "texts", batch_size)))
 
     def match(self, images: Sequence[AnyImage], texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
-        """Pairs of an image and a text -> probability [n] that they belong together, by the fused model."""
+        """Pairs of an image and a text -> probability [n] that they belong together, by the fused model.
+
+        A model that was finetuned to rank (objective rank) gives the sigmoid of its score, which orders pairs alone.
+        """
         self._need_fusion("match")
-        head = next((one for one in self.model.objectives.values() if isinstance(one, Itm)), None)
-        if head is None:
+        heads = [one for kind in (Itm, Rank) for one in self.model.objectives.values() if isinstance(one, kind)]
+        if not heads:
             raise ValueError(f"this checkpoint has no matching head ({self._objectives}); pretrain with objective itm")
+        head = heads[0]
         found = []
         for part in _pairs(images, texts, "texts", batch_size):
             with torch.inference_mode():
@@ -230,7 +235,11 @@ class Loaded:
         return EvalTransform(self.config.data.transform.model_copy(update={"image_size": side}))
 
     def _pixels(self, images: Sequence[AnyImage]) -> Images:
-        return Images(torch.stack([self._transform(read_image(image)) for image in images]))
+        pixels = [self._transform(read_image(image)) for image in images]
+        if self._transform.config.crop == "none":  # images of their own aspect ratios (ViLT)
+            vision: Any = self.model.vision  # `patch`, whose positions are then interpolated for each image
+            return pad_images(pixels, vision.patch_side)
+        return Images(torch.stack(pixels))
 
     def _ids(self, texts: Sequence[str]) -> Texts:
         if wrong := [text for text in texts if not isinstance(text, str)]:

@@ -34,7 +34,8 @@ WEIGHT_FILES = (
     "model.pt",
 )
 CONFIG_FILES = ("config.json", "open_clip_config.json")
-PREPROCESSOR_FILE = "preprocessor_config.json"
+PREPROCESSOR_FILE, PROCESSOR_FILE = "preprocessor_config.json", "processor_config.json"
+"""Transformers' image processor alone, and, since transformers 5, together with the other halves of a processor."""
 _STATE_KEYS = ("model", "state_dict", "module", "model_state_dict")
 """Where pickled checkpoints keep their weights."""
 
@@ -136,7 +137,8 @@ def find_weights(path: Path) -> Path:
 def read_settings(weights: Path) -> dict[str, Any]:
     """Return the config.json (or open_clip_config.json) beside the weights, {} if there is none.
 
-    A preprocessor_config.json beside it is its entry "preprocessor_config".
+    A preprocessor_config.json beside it, or the image's half of a processor_config.json, is its entry
+    "preprocessor_config".
 
     Raises:
         ValueError: one of them is no JSON mapping.
@@ -145,6 +147,9 @@ def read_settings(weights: Path) -> dict[str, Any]:
     found = next((_read_mapping(path) for path in files if path.is_file()), {})
     if (path := weights.parent / PREPROCESSOR_FILE).is_file():
         found["preprocessor_config"] = _read_mapping(path)
+    elif (path := weights.parent / PROCESSOR_FILE).is_file():
+        image = _read_mapping(path).get("image_processor")
+        found |= {"preprocessor_config": image} if isinstance(image, dict) else {}
     return found
 
 

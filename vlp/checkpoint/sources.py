@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlp.checkpoint.folder import MANIFEST, find_checkpoint, is_checkpoint, manifest_files
-from vlp.checkpoint.foreign import CONFIG_FILES, PREPROCESSOR_FILE, WEIGHT_FILES, first_line
+from vlp.checkpoint.foreign import CONFIG_FILES, PREPROCESSOR_FILE, PROCESSOR_FILE, WEIGHT_FILES, first_line
 from vlp.data.presets import CLIP_MEAN, CLIP_STD
 from vlp.recipes import did_you_mean
 
@@ -106,7 +106,8 @@ def _fetch(address: str, target: Path) -> Path:
 
 def _fetch_file(system: Any, path: str, target: Path) -> Path:
     folder, _, name = path.rpartition("/")
-    beside = [one for one in _names(system, folder) if one in (*CONFIG_FILES, PREPROCESSOR_FILE, *TOKENIZER_FILES)]
+    known = (*CONFIG_FILES, PREPROCESSOR_FILE, PROCESSOR_FILE, *TOKENIZER_FILES)
+    beside = [one for one in _names(system, folder) if one in known]
     for one in (name, *beside):
         system.get(f"{folder}/{one}", str(target / one))
     return target / name

@@ -9,16 +9,20 @@ from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from standins import GOLDENS, verdict
 from torch import Tensor
 from transformers import (
+    BertTokenizer,
     ViltConfig,
     ViltForImageAndTextRetrieval,
     ViltForImagesAndTextClassification,
     ViltForMaskedLM,
     ViltForQuestionAnswering,
+    ViltImageProcessorPil,
     ViltModel,
+    ViltProcessor,
 )
 from two_towers import randomise, texts, write_case
 
@@ -158,3 +162,36 @@ def test_queries_without_bias_are_refused(tmp_path: Path) -> None:
     build("hf_vilt", SIZES[0] | {"qkv_bias": False}, 0).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="qkv_bias false"):
         vlp.load(tmp_path)
+
+
+def processor(folder: Path) -> ViltProcessor:
+    """Images to a shorter side of 64 pixels, words of a vocabulary of 99; written to the folder."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "is", "it", "red", "a", "dog", "what", "?"]
+    (folder / "vocab.txt").write_text("\n".join([*words, *(f"word{n}" for n in range(WORDS - len(words)))]))
+    made = ViltProcessor(
+        ViltImageProcessorPil(size={"shortest_edge": 64}, size_divisor=32), BertTokenizer(str(folder / "vocab.txt"))
+    )
+    made.save_pretrained(folder)
+    return made
+
+
+PICTURES = [
+    Image.effect_mandelbrot(size, (-2, -1, 1, 1), 40).convert("RGB") for size in ((90, 52), (60, 88), (200, 64))
+]
+LARGE = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "patch_size": 32, "image_size": 64}
+
+
+@pytest.mark.parametrize("name", ["hf_vilt_vqa", "hf_vilt_itr"])
+def test_from_pictures_and_words(tmp_path: Path, name: str) -> None:
+    """Their processor and model, and ours: pictures of any size in one batch."""
+    model, texts = build(name, LARGE, 3), ["what is it ?", "a red dog", "word3 word4 word5 is red"]
+    model.save_pretrained(tmp_path)
+    given = processor(tmp_path)(PICTURES, texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**given).logits
+    loaded = vlp.load(tmp_path)
+    assert not any("preprocessor" in note for note in loaded.report.notes)
+    if name == "hf_vilt_vqa":
+        assert loaded.answer(PICTURES, texts) == [model.config.id2label[int(n)] for n in logits.argmax(1)]
+    else:
+        torch.testing.assert_close(loaded.match(PICTURES, texts), logits[:, 0].sigmoid(), atol=1e-5, rtol=1e-4)
