@@ -147,25 +147,33 @@ def plan_rows(model: Model, batch: Batch) -> Plan:
     chosen = model.active(batch)
     draw = Draw()
     found: list[PlanRow] = []
-    calls = {part: 0 for part in ("vision", "text", "fusion", "decoder") if getattr(model, part) is not None}
+    names = ("vision", "text", "fusion", "decoder")
+    calls = {part: 0 for part in names if getattr(model, part) is not None}
 
     def users(wanted: Callable[[frozenset[Pass]], bool]) -> tuple[str, ...]:
         return tuple(name for name, objective in chosen.items() if wanted(close(objective.needs)))
 
-    def record(part: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        calls[part] += 1
+    def record(part: str, teacher: bool, module: nn.Module, args: tuple[Any, ...]) -> None:
+        calls[f"teacher's {part}" if teacher else part] += 1
         if part in ("vision", "text"):
             given: Mapping[str, Any] = batch.images if part == "vision" else batch.texts
             modality: Modality = "image" if part == "vision" else "text"
             view = next(name for name, value in given.items() if value is args[0])
             number = batch.num_images if part == "vision" else batch.num_texts
-            by = users(lambda passes: view in views(passes)[modality])
-            found.append(PlanRow("encode", f"{modality} {view}", number / batch.num_texts, by))
+            by = users(lambda passes: view in views(one for one in passes if one.teacher == teacher)[modality])
+            found.append(
+                PlanRow("encode", _reads(Encode(modality, view, teacher=teacher)), number / batch.num_texts, by)
+            )
 
     def give_rows(results: Results) -> dict[str, Rows]:
         return {name: rows for one in chosen.values() for name, rows in one.rows(results, batch, draw).items()}
 
-    hooks = [getattr(model, part).register_forward_pre_hook(partial(record, part)) for part in calls]
+    hooks = [getattr(model, part).register_forward_pre_hook(partial(record, part, False)) for part in calls]
+    for part in names:
+        copied = getattr(model.teacher, part, None)
+        if copied is not None:
+            calls[f"teacher's {part}"] = 0
+            hooks.append(copied.register_forward_pre_hook(partial(record, part, True)))
     try:
         results = Step(model, batch).run(model.needs(chosen), give_rows)
     finally:
@@ -180,6 +188,8 @@ def plan_rows(model: Model, batch: Batch) -> Plan:
 
 def _reads(one: Pass) -> str:
     """Say what a pass reads."""
+    if one.teacher:
+        return f"{_reads(replace(one, teacher=False))}, by the teacher"
     if isinstance(one, Encode | Embed):
         return f"{one.modality} {one.view}"
     if isinstance(one, Decode):
