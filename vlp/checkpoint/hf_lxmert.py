@@ -92,13 +92,24 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
                     "segments": shapes["embeddings.token_type_embeddings.weight"][0],
                     "train_first_rows": False,
                 },
-                "fusion": {"kind": "sublayers", "sublayers": sublayers, "layers": language + cross, "pooler": "tanh"},
+                "fusion": {
+                    "kind": "sublayers",
+                    "sublayers": sublayers,
+                    "layers": language + cross,
+                    "pooler": "tanh",
+                    "images": "each" if _of_two_images(shapes, width) else "one",
+                },
             },
             "objectives": _objectives(shapes, config, assumed),
             "data": {"max_length": min(20, length), "tokenizer": {"source": "bert-base-uncased"}},
         },
         tuple(assumed),
     )
+
+
+def _of_two_images(shapes: Shapes, width: int) -> bool:
+    """Whether the authors' head reads two pooled vectors (NLVR2)."""
+    return shapes.get("logit_fc.0.weight", (0, 0))[1] == 2 * width
 
 
 def _objectives(shapes: Shapes, config: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:
@@ -121,12 +132,14 @@ def _objectives(shapes: Shapes, config: Mapping[str, Any], assumed: list[str]) -
     for head in ("answer_head.logit_fc", "logit_fc"):
         if f"{head}.3.weight" in shapes:
             number, hidden = shapes[f"{head}.3.weight"]
-            assumed.append(
-                "answers are numbered, as the file does not name them; give settings objectives.answer.answers"
-            )
-            answers = [f"answer {n}" for n in range(number)]
+            pairs = _of_two_images(shapes, shapes["pooler.dense.weight"][0])
+            answers = ["False", "True"] if pairs else [f"answer {n}" for n in range(number)]
+            if not pairs:
+                assumed.append(
+                    "answers are numbered, as the file does not name them; give settings objectives.answer.answers"
+                )
             found["answer"] = {"answers": answers, "head": "gelu_mlp", "hidden": hidden, "masked": pretraining}
-            found["answer"] |= {"loss": "ce" if head.startswith("answer_head") else "bce"}
+            found["answer"] |= {"loss": "ce" if pairs or head.startswith("answer_head") else "bce"}
     return found
 
 

@@ -87,6 +87,8 @@ NAMES = (
         for number, (name, _) in REGION_LOSSES.items()
     ),
     Pair("cls.qaPredictions.logit_fc.{n}.{p}", "objectives.answer.head.{n}.{p}"),
+    *(Pair(f"clfs_dict.TASK{{n}}.logit_fc.{k}.{{p}}", f"objectives.answer.head.{k}.{{p}}") for k in (0, 2, 3)),
+    Pair("clfs_dict.TASK{n}.{p}", "objectives.answer.head.{p}"),
 )
 
 
@@ -126,9 +128,12 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         both = "bert.v_pooler.dense.weight" in shapes
         fusion["pooler"] = _pooler(config, both, assumed)
         fusion["pooled_width"] = shapes["bert.t_pooler.dense.weight"][0]
+    task = _task(shapes, fusion.get("pooled_width", 0), assumed)
+    if task and len(task["answers"]) == 2:
+        fusion["images"] = "each"
     tree = {
         "model": {"vision": vision, "text": text, "fusion": fusion},
-        "objectives": _objectives(shapes, config),
+        "objectives": _objectives(shapes, config) | ({"answer": task} if task else {}),
         "data": {"max_length": min(36, text["max_length"]), "tokenizer": {"source": "bert-base-uncased"}},
     }
     return Recipe(tree, tuple(assumed))
@@ -205,6 +210,32 @@ def _objectives(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
         answers = [f"answer {n}" for n in range(number)]
         found["answer"] = {"answers": answers, "head": "gelu_mlp", "hidden": hidden, "loss": "ce"}
     return found
+
+
+def _task(shapes: Shapes, pooled: int, assumed: list[str]) -> dict[str, Any] | None:
+    """The head of a finetuned file: VQA's and GQA's, NLVR2's of two images, or SNLI-VE's.
+
+    Raises:
+        ValueError: it is another task's, or there are several.
+    """
+    heads = {name for name in shapes if name.startswith("clfs_dict.") and name.endswith("weight")}
+    if not heads:
+        return None
+    tasks = sorted({name.split(".")[1] for name in heads})
+    prefix = f"clfs_dict.{tasks[0]}."
+    first = shapes.get(prefix + "logit_fc.0.weight") or shapes.get(prefix + "weight", (0, 0))
+    if len(tasks) == 1 and prefix + "logit_fc.0.weight" in shapes and first[1] in (pooled, 2 * pooled):
+        number, hidden = shapes[prefix + "logit_fc.3.weight"]
+        if first[1] == 2 * pooled:
+            return {"answers": ["False", "True"], "head": "gelu_mlp", "hidden": hidden, "loss": "ce"}
+        assumed.append("answers are numbered, as the file does not name them; give settings objectives.answer.answers")
+        return {"answers": [f"answer {n}" for n in range(number)], "head": "gelu_mlp", "hidden": hidden}
+    if len(tasks) == 1 and first == (3, pooled):
+        return {"answers": ["contradiction", "neutral", "entailment"], "head": "linear", "loss": "ce"}
+    raise ValueError(
+        f"this VOLTA checkpoint has heads of {tasks}; vlp reads one of VQA, GQA, NLVR2 or SNLI-VE: load it without, "
+        'ignore=["clfs_dict.*"]'
+    )
 
 
 def _width(shapes: Shapes, part: str) -> int | None:

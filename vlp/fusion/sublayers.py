@@ -9,6 +9,7 @@ Shapes: B images, M rows, N image tokens, L text length, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from encoders.layers import Attention, FeedForward, KeyValues, attention_mask, i
 from encoders.text import BesideConfig, StackConfig
 from encoders.types import AttentionKind, Tokens
 from objectives.base import Fused, Side
+from vlp.fusion.each import fuse_each, pooled_width
 from vlp.fusion.pooler import Pooler, PoolerKind, gather_images
 
 Stream: TypeAlias = Literal["t", "v"]
@@ -46,6 +48,8 @@ class SublayersConfig(BesideConfig):
     """How `pooled` is made."""
     pooled_width: int | None = None
     """Width of `pooled`; none = the text stream's."""
+    images: Literal["one", "each"] = "one"
+    """Images per text: one, or two, each fused with the text by itself and pooled side by side (NLVR2)."""
 
     def build(self, image_width: int, text_width: int, reads: frozenset[Side]) -> Sublayers:
         """Build the fusion; ``reads`` says which sides anyone reads."""
@@ -255,7 +259,7 @@ class Sublayers(nn.Module):
         self.image_norm = nn.LayerNorm(self.image_width, stack.eps) if pre and "v" in alive else nn.Identity()
         initialise(self)
         self.pooler = pooler
-        self.pooled_width = pooler.width if pooler else None
+        self.pooled_width = pooled_width(pooler, config.images)
 
     def _sizes(self, stack: StackConfig) -> tuple[tuple[_Sizes, _Sizes], tuple[_Sizes, _Sizes]]:
         """Sizes of (text, image), each (within the stream, where the streams read each other)."""
@@ -305,6 +309,21 @@ class Sublayers(nn.Module):
                 f"model.fusion sublayers cannot read a {attention} text without leaking its future; use single_stream "
                 "or dual_stream"
             )
+        if self.config.images == "each" and image is not None and text is not None:
+            return fuse_each(partial(self._fuse, image, layers=layers), text, image_index, attention, prefix)
+        return self._fuse(image, text, image_index, layers=layers)
+
+    def _fuse(
+        self,
+        image: Tokens | None,
+        text: Tokens | None,
+        image_index: Tensor | None,
+        attention: AttentionKind = "full",
+        prefix: Tensor | None = None,
+        number: Tensor | None = None,
+        layers: bool = False,
+    ) -> Fused:
+        """As ``forward``, of rows with one image."""
         streams: Streams = {}
         keeps: dict[Stream, Tensor | None] = {}
         if text is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from objectives.base import Fuse
 from scripts.goldens.base import Case
 
 WORDS = 60
+TEXT_FIELDS = ("ids", "keep", "segments")
 LXMERT = [
     {"l_layers": 3, "r_layers": 2, "x_layers": 2, "hidden_act": "gelu", "visual_feat_dim": 20, "heads": 4},
     {"l_layers": 1, "r_layers": 3, "x_layers": 1, "hidden_act": "relu", "visual_feat_dim": 9, "heads": 2},
@@ -189,6 +191,32 @@ def test_lxmert_of_the_authors(tmp_path: Path) -> None:
     other = vlp.load(tmp_path / "hf")
     for name, x in other.model.state_dict().items():
         assert torch.equal(loaded.model.state_dict()[name], x), name
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_lxmert_finetuned_by_the_authors(images: int, tmp_path: Path) -> None:
+    """VQA's head reads one pooled vector, NLVR2's two."""
+    config = lxmert(0)
+    model = noisy(LxmertModel(config))
+    head = nn.Sequential(nn.Linear(24 * images, 48), nn.GELU(), nn.LayerNorm(48, 1e-12), nn.Linear(48, 2 * images + 1))
+    head = noisy(head) if images == 1 else noisy(nn.Sequential(*head[:3], nn.Linear(48, 2)))
+    state = {f"lxrt_encoder.model.bert.{name}": x for name, x in model.state_dict().items()}
+    torch.save(state | {f"logit_fc.{name}": x for name, x in head.state_dict().items()}, tmp_path / "BEST.pth")
+    loaded = vlp.load(tmp_path / "BEST.pth", config={"num_attention_heads": 4})
+    inputs, features, boxes = rows(), noise(3, 7, config.visual_feat_dim), noise(3, 7, 4)
+    if images == 2:
+        inputs = {n: x[[0, 0]] if n != "visual_attention_mask" else x[:2] for n, x in inputs.items()}
+        features, boxes = features[:2], boxes[:2]
+    given = batch(inputs, features, boxes)
+    if images == 2:
+        text = given.texts["clean"]
+        first = {name: getattr(text, name)[:1] for name in TEXT_FIELDS}
+        given = replace(given, texts={"clean": replace(text, **first)}, image_of_text=torch.tensor([[0, 1]]))
+    with torch.no_grad():
+        pooled = model(**inputs, visual_feats=features, visual_pos=boxes).pooled_output
+        found = loaded.model.run({Fuse()}, given)[Fuse()].pooled
+        wanted = head(pooled.view(-1, 24 * images))
+        torch.testing.assert_close(loaded.model.objectives["answer"].head(found), wanted, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("which", range(len(VISUALBERT)))

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import vlp
+from encoders.types import Batch, Regions, Texts
+from objectives.base import Fuse
 from scripts.goldens.base import Case
 
 WORDS, FEATURES = 120, 20
@@ -303,3 +305,57 @@ def encode(w: Weights, given: Mapping[str, Tensor], config: Mapping[str, Any], r
                 out = linear(w, inner, f"{layer}output.{mark}dense")
                 states[s] = norm(w, out + before[s], f"{layer}output.{mark}LayerNorm")
     return states["t"], states["v"]
+
+
+@pytest.mark.parametrize("task", ["vqa", "ve", "nlvr2"])
+def test_finetuned_heads(task: str, tmp_path: Path) -> None:
+    config = CASES["volta_vilbert"]
+    pooled = config["pooler_size"] * (2 if task == "nlvr2" else 1)
+    weights = {name: x for name, x in file(config).items() if not name.startswith("cls.")}
+    head: dict[str, tuple[int, ...]] = {"clfs_dict.TASK13.weight": (3, pooled), "clfs_dict.TASK13.bias": (3,)}
+    if task != "ve":
+        answers = 2 if task == "nlvr2" else 9
+        sizes = {"0.weight": (30, pooled), "0.bias": (30,), "2.weight": (30,), "2.bias": (30,)}
+        sizes |= {"3.weight": (answers, 30), "3.bias": (answers,)}
+        head = {f"clfs_dict.TASK1.logit_fc.{name}": shape for name, shape in sizes.items()}
+    weights |= random_weights(head, seed=1)
+    torch.save(weights, tmp_path / "pytorch_model_19.bin")
+    loaded = vlp.load(tmp_path / "pytorch_model_19.bin", config=config)
+    given = inputs(config)
+    if task == "nlvr2":  # one text, two images
+        texts_alone = {name: given[name][[0, 0]] for name in ("input_ids", "attention_mask", "token_type_ids")}
+        given = {name: x[:2] for name, x in given.items()} | texts_alone
+    rows = [encode(weights, given, config, row) for row in range(len(given["input_ids"]))]
+    states = [
+        torch.stack([F.relu(linear(weights, pair[n][0], f"bert.{stream}_pooler.dense")) for pair in rows])
+        for n, stream in enumerate("tv")
+    ]
+    x = (states[0] * states[1]).view(-1, pooled)
+    if task == "ve":
+        wanted = linear(weights, x, "clfs_dict.TASK13")
+    else:
+        x = norm(weights, F.gelu(linear(weights, x, "clfs_dict.TASK1.logit_fc.0")), "clfs_dict.TASK1.logit_fc.2")
+        wanted = linear(weights, x, "clfs_dict.TASK1.logit_fc.3")
+    texts = slice(0, 1) if task == "nlvr2" else slice(None)
+    words = given["input_ids"], given["attention_mask"] == 1
+    batch = Batch(
+        {"clean": Regions(given["image_feat"], given["image_loc"], given["image_attention_mask"] == 1)},
+        {
+            "clean": Texts(
+                given["input_ids"][texts], given["attention_mask"][texts] == 1, segments=given["token_type_ids"][texts]
+            )
+        },
+        torch.tensor([[0, 1]]) if task == "nlvr2" else None,
+    )
+    found = loaded.model.objectives["answer"].head(loaded.model.run({Fuse()}, batch)[Fuse()].pooled)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_heads_that_are_not_read(tmp_path: Path) -> None:
+    weights = file(CASES["volta_vilbert"]) | {
+        "clfs_dict.TASK9.weight": torch.zeros(1, 24),
+        "clfs_dict.TASK9.bias": torch.zeros(1),
+    }
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="has heads of \\['TASK9'\\]; vlp reads one of VQA"):
+        vlp.load(tmp_path / "pytorch_model.bin", config=CASES["volta_vilbert"])
