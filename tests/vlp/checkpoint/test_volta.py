@@ -340,11 +340,7 @@ def test_finetuned_heads(task: str, tmp_path: Path) -> None:
     words = given["input_ids"], given["attention_mask"] == 1
     batch = Batch(
         {"clean": Regions(given["image_feat"], given["image_loc"], given["image_attention_mask"] == 1)},
-        {
-            "clean": Texts(
-                given["input_ids"][texts], given["attention_mask"][texts] == 1, segments=given["token_type_ids"][texts]
-            )
-        },
+        {"clean": Texts(*(x[texts] for x in words), segments=given["token_type_ids"][texts])},
         torch.tensor([[0, 1]]) if task == "nlvr2" else None,
     )
     found = loaded.model.objectives["answer"].head(loaded.model.run({Fuse()}, batch)[Fuse()].pooled)
