@@ -15,10 +15,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encoders.layers import Cache
+from encoders.text import TextEmbeddings, TextEncoder
 from encoders.types import Texts, Tokens, Vocabulary
 from objectives.base import Draw
 from objectives.lm import Lm
 from vlp.config import Config
+from vlp.fusion.single import SingleStream
 from vlp.model import Model
 from vlp.multimodal import AnyDecoder
 
@@ -117,6 +120,60 @@ class DecoderStepper:
         self.read = None if self.read is None else self.read.index_select(0, index)
 
 
+class FusedStepper:
+    """A single stream that writes the text beside the image itself (GIT), and a head over its states.
+
+    Args:
+        model: in evaluation mode; its texts come to the fusion as bare embeddings.
+        head: states [N, D] -> logits [N, V].
+        image: image tokens, [S, M, D].
+        rows: [B] int64, the image of each text; None: row b reads image b.
+        use_cache: keep keys and values of what was read; without, everything is read again at each step (for tests).
+    """
+
+    def __init__(
+        self, model: Model, head: nn.Module, image: Tokens, rows: Tensor | None = None, use_cache: bool = True
+    ) -> None:
+        if not isinstance(model.fusion, SingleStream) or not isinstance(model.text, TextEncoder) or not model.text.bare:
+            raise ValueError(
+                "objectives.lm.memory beside writes with model.fusion.kind single_stream and model.text of kind text "
+                "with layers 0; change them, or use a decoder and memory image"
+            )
+        self.fusion, self.text, self.head, self.image, self.use_cache = model.fusion, model.text, head, image, use_cache
+        first = torch.arange(image.states.shape[0], device=image.states.device)
+        self.rows = first if rows is None else rows
+        self.caches = [Cache() for _ in model.fusion.blocks]
+        self.read: Tensor | None = None
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Read ids [N, L'] -> logits [N, V]."""
+        before, self.read = self.read, ids if self.read is None else torch.cat([self.read, ids], 1)
+        if before is None or not self.use_cache:
+            texts = Texts(self.read, torch.ones_like(self.read, dtype=torch.bool), attention="causal")
+            caches = self.caches if self.use_cache else None
+            fused = self.fusion(self.image, self.text(texts), self.rows, "causal", caches=caches)
+            assert fused.text is not None
+            return self.head(fused.text.states[:, -1])
+        texts = Texts(ids, torch.ones_like(ids, dtype=torch.bool))
+        newest = self.text.embeddings(texts, first=before.shape[1])
+        keep = None
+        if self.image.keep is not None:
+            seen = self.image.keep.index_select(0, self.rows)
+            past = self.caches[0].past
+            assert past is not None
+            more = seen.new_ones(len(seen), past.keys.shape[2] + 1 - seen.shape[1])
+            own = self.fusion.num_prefix
+            keep = torch.cat([more[:, :own], seen, more[:, own:]], 1)
+        return self.head(self.fusion.step(newest, keep, self.caches)[:, -1])
+
+    def reorder(self, index: Tensor) -> None:
+        """Go on with the rows ``index`` [M]."""
+        self.rows = self.rows.index_select(0, index)
+        for cache in self.caches:
+            cache.reorder(index)
+        self.read = None if self.read is None else self.read.index_select(0, index)
+
+
 @torch.no_grad()
 def generate_text(
     model: Model,
@@ -149,34 +206,49 @@ def generate_text(
         ValueError: the model cannot write, or the lengths do not fit it.
     """
     decoder, writer = writer_of(model, objective)
-    limit = decoder.embeddings.max_length
+    limit = room_of(model)
     if config.max_length > limit:
-        raise ValueError(f"max_length {config.max_length} is more than the {limit} positions of the decoder; lower it")
+        raise ValueError(f"max_length {config.max_length} is more than the {limit} positions of texts; lower it")
     own = () if prompt_ids is not None else writer.config.prompt
     if prompt_ids is None:
         number = memory.states.shape[0] if rows is None else rows.shape[0]
         prompt_ids = torch.tensor([[vocabulary.bos, *own]], device=memory.states.device).expand(number, -1)
-    stepper = DecoderStepper(decoder, writer.head, memory, rows, use_cache)
+    stepper: Stepper
+    if decoder is None:
+        stepper = FusedStepper(model, writer.head, memory, rows, use_cache)
+    else:
+        stepper = DecoderStepper(decoder, writer.head, memory, rows, use_cache)
     found = generate(stepper, prompt_ids, config, eos=vocabulary.eos, pad=vocabulary.pad)
     texts = trim(found.ids, prompt_ids.shape[1], vocabulary.eos)
     return [text[:1] + text[1 + len(own) :] for text in texts], found.scores
 
 
-def writer_of(model: Model, objective: str | None) -> tuple[AnyDecoder, Lm]:
+def room_of(model: Model) -> int:
+    """Return the ids that the longest written text may have."""
+    part = model.text if model.decoder is None else model.decoder
+    embeddings = part.embeddings
+    assert isinstance(embeddings, TextEmbeddings)
+    return embeddings.max_length
+
+
+def writer_of(model: Model, objective: str | None) -> tuple[AnyDecoder | None, Lm]:
     """Return the decoder, and the objective of this name (or the only one) whose head writes.
+
+    There is no decoder where the fusion writes itself.
 
     Raises:
         ValueError: the model has no decoder, or not just one such objective.
     """
     writers = {name: one for name, one in model.objectives.items() if isinstance(one, Lm) and objective in (None, name)}
-    if model.decoder is None or len(writers) != 1:
+    beside = len(writers) == 1 and next(iter(writers.values())).config.memory == "beside"
+    if not beside and (model.decoder is None or len(writers) != 1):
         what = (
             f"objectives of kind lm that could write: {sorted(writers)}" if model.decoder else "model.decoder is none"
         )
         raise ValueError(
             f"this model cannot write text, {what}; pretrain it with model.decoder.kind causal and one objective lm"
         )
-    return model.decoder, next(iter(writers.values()))
+    return None if beside else model.decoder, next(iter(writers.values()))
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from vlp.config import build
 from vlp.data.batch import pad_texts
 from vlp.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 from vlp.data.transforms import EvalTransform, decode_image, pad_images, rgb_tensor
-from vlp.generate import GenerationConfig, generate_text, trim
+from vlp.generate import GenerationConfig, generate_text, room_of, trim
 from vlp.generate_masked import generate_masked, masked_writer
 from vlp.model import Model
 from vlp.passes import memory_of
@@ -186,15 +186,13 @@ class Loaded:
 
     def _writer(self, memory: str) -> str | None:
         """Name of the objective that writes from this memory."""
-        if self.model.decoder is None:
-            return None
         writers = {name: one for name, one in self.model.objectives.items() if isinstance(one, Lm)}
-        return next((name for name, one in writers.items() if one.config.memory == memory), None)
+        wanted = {memory, "beside"} if memory == "image" else {memory}
+        return next((name for name, one in writers.items() if one.config.memory in wanted), None)
 
     def _write(self, objective: str, memory: Tokens, settings: dict[str, Any]) -> list[str]:
-        assert self.model.decoder is not None
         config = build(GenerationConfig)
-        room = min(config.max_length, self.model.decoder.embeddings.max_length)
+        room = min(config.max_length, room_of(self.model))
         config = build(GenerationConfig, {"max_length": room}, settings)
         ids, _ = generate_text(self.model, memory, self.tokenizer.vocabulary, config, objective=objective)
         return [self.tokenizer.decode(text) for text in ids]

@@ -46,6 +46,8 @@ def rank_answers(
         ValueError: the model cannot score texts, or there are fewer answers than ``k``.
     """
     decoder, writer = writer_of(model, objective)
+    if decoder is None:
+        raise ValueError("answers are ranked by a decoder, but model.decoder is none; let the model write them instead")
     number, rows = answers.ids.shape[0], memory.states.shape[0]
     if not 1 <= k <= number:
         raise ValueError(f"k {k} of {number} answers cannot be ranked; choose 1 to {number}")

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from scripts.goldens import albef, beit3, blip, bridgetower, clip, coca, flava, meter, region, uniter, vilt, vlmo, xvlm
+from scripts.goldens import (
+    albef,
+    beit3,
+    blip,
+    bridgetower,
+    clip,
+    coca,
+    flava,
+    git,
+    meter,
+    region,
+    uniter,
+    vilt,
+    vlmo,
+    xvlm,
+)
 from scripts.goldens.base import Adapter
 
 ADAPTERS: dict[str, Adapter] = {
@@ -18,5 +33,6 @@ ADAPTERS: dict[str, Adapter] = {
     **clip.ADAPTERS,
     **coca.ADAPTERS,
     **flava.ADAPTERS,
+    **git.ADAPTERS,
     **region.ADAPTERS,
 }

@@ -5,13 +5,14 @@ Shapes: B images, M rows, N image tokens, L text length, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from encoders.layers import attention_mask, initialise
+from encoders.layers import Cache, attention_mask, initialise
 from encoders.patch import load_vit
 from encoders.text import BesideConfig, load_bert
 from encoders.types import AttentionKind, Tokens
@@ -66,6 +67,7 @@ class SingleStream(nn.Module):
         if config.project == "image_norm":
             self.image_project = nn.Sequential(nn.Linear(image_width, width), nn.LayerNorm(width, config.project_eps))
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if config.class_token else None
+        self.num_prefix = int(config.class_token)
         if config.class_token and config.pooler not in ("cls", "tanh", "relu"):
             raise ValueError(
                 f"model.fusion.pooler {config.pooler} reads both sides, but model.fusion.class_token true is read "
@@ -96,15 +98,29 @@ class SingleStream(nn.Module):
         attention: AttentionKind = "full",
         prefix: Tensor | None = None,
         layers: bool = False,
+        caches: Sequence[Cache] | None = None,
     ) -> Fused:
         """Image states [B, N, D] at rows ``image_index`` with text states [M, L, D] -> Fused of M rows.
 
         Under "causal" and "prefix" attention all tokens see the image and the text's prefix, and text tokens the words
-        before them (PrefixLM, Wang et al. 2022, SimVLM, section 3.1).
+        before them (PrefixLM, Wang et al. 2022, SimVLM, section 3.1). Empty ``caches``, one a block, are filled for
+        :meth:`step`.
         """
         if self.config.images == "each" and image is not None and text is not None:
             return fuse_each(partial(self._fuse, image, layers=layers), text, image_index, attention, prefix)
-        return self._fuse(image, text, image_index, attention, prefix, layers=layers)
+        return self._fuse(image, text, image_index, attention, prefix, layers=layers, caches=caches)
+
+    def step(self, text: Tensor, keep: Tensor | None, caches: Sequence[Cache]) -> Tensor:
+        """Read the newest embedding [M, 1, D] of each text after what ``caches`` hold -> states [M, 1, D].
+
+        ``keep`` [M, S] says what of that, and of the new, is seen (None: all).
+        """
+        states = self.text_project(text)
+        if self.modality is not None:
+            states = states + self.modality.weight[1]
+        for block, cache in zip(self.blocks, caches, strict=True):
+            states = block(states, attention_mask(keep), cache=cache)
+        return self.final_norm(states)
 
     def _fuse(
         self,
@@ -115,6 +131,7 @@ class SingleStream(nn.Module):
         prefix: Tensor | None,
         number: Tensor | None = None,
         layers: bool = False,
+        caches: Sequence[Cache] | None = None,
     ) -> Fused:
         """As ``forward``, without ``images: each``, whose every row is here the text's image ``number`` [M]."""
         parts: list[Tensor] = []
@@ -142,8 +159,8 @@ class SingleStream(nn.Module):
         mask = self._mask(keep, num_image, attention, prefix)
         states = torch.cat(parts, 1)
         every = [states]
-        for block in self.blocks:
-            states = block(states, mask)
+        for place, block in enumerate(self.blocks):
+            states = block(states, mask, cache=None if caches is None else caches[place])
             every.append(states)
         states = self.final_norm(states)
         return self._split(
