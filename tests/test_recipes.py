@@ -1,4 +1,4 @@
-"""Every pretraining recipe: it restates nothing, has the published size, and its step runs on every kind of device."""
+"""Every pretraining recipe: it restates nothing, and its step runs on every kind of device."""
 
 from __future__ import annotations
 
@@ -13,25 +13,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from objectives.base import Draw
 from vlp.config import Config, configs_folder, list_recipes, load, restated
 from vlp.model import Model, build_model
-from vlp.parts import parameters_by_part
 from vlp.run import RunConfig, settle
 from vlp.show import meta_model, synthetic_batch
-from vlp.train.optim import build_optimizer, check_parts
+from vlp.train.optim import build_optimizer, check_parts, freeze_parts
 
 RECIPES = list_recipes("pretrain")
-
-# Published parameters, in which of our parts they are counted, and how near we must be.
-PUBLISHED: dict[str, tuple[float, Callable[[dict[str, int]], int], float]] = {
-    # 123.7M text (BERT with cross-attention and its MLM head) + 85.8M image; projections and ITM head not counted.
-    "pretrain/albef": (209.5e6, lambda p: p["vision"] + p["text"] + p["fusion"] + p["objectives.mlm"], 0.001),
-    "pretrain/clip_vit_b32": (151.3e6, lambda p: sum(p.values()), 0.001),
-    # The survey's figure, which does not say what it includes: everything, with MLM's untied output of 38.6M.
-    "pretrain/meter": (345e6, lambda p: sum(p.values()), 0.04),
-    # Blocks with all their feed-forwards, patch and word embeddings, without heads and projections.
-    "pretrain/vlmo_base": (175e6, lambda p: p["vision"] + p["text"] + p["fusion"], 0.01),
-    # Blocks and patch embedding, with neither the word embeddings nor the heads.
-    "pretrain/vilt": (87.4e6, lambda p: p["vision"] + p["fusion"], 0.01),
-}
 
 SMALL: dict[str, Callable[[Any], Any]] = {
     "width": lambda value: 32,
@@ -82,13 +68,6 @@ def test_head_comment_says_what_it_is(recipe):
     assert (
         f"vlp pretrain {recipe.removeprefix('pretrain/')}" in head or f"vlp {recipe.removeprefix('pretrain/')}" in head
     )
-
-
-@pytest.mark.parametrize("recipe", PUBLISHED)
-def test_parameters_are_the_published_ones(recipe):
-    published, count, tolerance = PUBLISHED[recipe]
-    parts = parameters_by_part(meta_model(resolved(recipe)))
-    assert count(parts) == pytest.approx(published, rel=tolerance)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -147,6 +126,7 @@ def test_fake_device_finds_what_it_is_there_for():
 def test_two_steps_when_shrunk(recipe):
     run = shrink(resolved(recipe))
     model: Model = build_model(run.model, run.objectives, vocabulary_size=64, pretrained=False).train()
+    freeze_parts(model, run.train.optim)  # LiT's towers
     optimizer = build_optimizer(model, run.train.optim)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step in range(2):

@@ -1,0 +1,48 @@
+"""Every recipe's number of parameters beside the published one, counted as its source counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from vlp.config import load
+from vlp.parts import parameters_by_part
+from vlp.run import RunConfig, settle
+from vlp.show import meta_model
+
+Parts = dict[str, int]
+
+
+def everything(parts: Parts) -> int:
+    """All that is trained, with projections, temperatures and heads; not the momentum teacher."""
+    return sum(number for name, number in parts.items() if name != "teacher")
+
+
+def of(*names: str) -> Callable[[Parts], int]:
+    """Only these parts."""
+    return lambda parts: sum(parts[name] for name in names)
+
+
+# Published parameters, in which of our parts they are counted, and how near we must be.
+PUBLISHED: dict[str, tuple[float, Callable[[Parts], int], float]] = {
+    # 123.7M text (BERT with cross-attention and its MLM head) + 85.8M image; projections and ITM head not counted.
+    "albef": (209.5e6, of("vision", "text", "fusion", "objectives.mlm"), 0.001),
+    "clip_vit_b16": (149.6e6, everything, 0.001),
+    "clip_vit_b32": (151.3e6, everything, 0.001),
+    "clip_vit_l14": (427.6e6, everything, 0.001),
+    # The survey's figure, which does not say what it includes: everything, with MLM's untied output of 38.6M.
+    "meter": (345e6, everything, 0.04),
+    "siglip_b16": (203.2e6, everything, 0.001),
+    # Blocks and patch embedding, with neither the word embeddings nor the heads.
+    "vilt": (87.4e6, of("vision", "fusion"), 0.01),
+    # Blocks with all their feed-forwards, patch and word embeddings, without heads and projections.
+    "vlmo_base": (175e6, of("vision", "text", "fusion"), 0.01),
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_parameters_are_the_published_ones(recipe: str) -> None:
+    published, count, tolerance = PUBLISHED[recipe]
+    model = meta_model(settle(load(RunConfig, f"pretrain/{recipe}")))
+    assert count(parameters_by_part(model)) == pytest.approx(published, rel=tolerance)
