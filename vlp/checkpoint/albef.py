@@ -167,28 +167,32 @@ def _objectives(shapes: Shapes, config: Mapping[str, Any]) -> tuple[str, dict[st
     return "pretrain" if pretraining else "retrieval", found
 
 
-def table(shapes: Shapes, twin: str = "") -> tuple[Pair, ...]:
-    """Return the names of a file's weights there and here; ``twin`` "_m" those of the momentum teacher."""
+def table(prefix: str, layers: int, split: int, twin: str = "", assigns: bool = False) -> tuple[Pair, ...]:
+    """Return the names of a file's towers, fusion, decoder and heads there and here.
+
+    Args:
+        prefix: what stands before the text stack's names.
+        layers: of that stack; 0 = there is none (the momentum teacher of text assignment).
+        split: the first of them with cross-attention.
+        twin: "_m" those of the momentum teacher.
+        assigns: whether it is of text assignment, whose image projection only finds images alike.
+    """
     ours = "teacher." if twin else ""
     heads = "teacher.heads." if twin else "objectives."
-    prefix = _text_prefix(shapes, twin)
     pairs = [Pair(f"{VISION}{twin}.{name}", f"{ours}vision.vit.{name}") for name in ("cls_token", "pos_embed", *VIT)]
-    if f"{prefix}embeddings.word_embeddings.weight" in shapes:
-        stack = read_stack(shapes, prefix)
-        pairs += split_stack(prefix, ours, stack.layers, stack.split)
+    if layers:
+        pairs += split_stack(prefix, ours, layers, split)
     pairs += word_head(f"text_encoder{twin}.cls.predictions.", f"{heads}mlm.head.")
     pairs += decoder_stack(f"text_decoder{twin}.bert.", f"{ours}decoder.")
     pairs += word_head(f"text_decoder{twin}.cls.predictions.", f"{heads}lm.head.")
-    assigns = "ta_head.weight" in shapes
-    for side, mine in SIDES:
-        if not assigns:
-            pairs.append(Pair(f"{side}_proj{twin}.{{p}}", f"{ours}embed.main.{mine}.{{p}}"))
+    if not assigns:
+        pairs += [Pair(f"{side}_proj{twin}.{{p}}", f"{ours}embed.main.{mine}.{{p}}") for side, mine in SIDES]
     pairs += [Pair(f"cls_head{twin}.{{n}}.{{p}}", f"{heads}answer.head.{{n}}.{{p}}")]
-    return tuple(pairs)
+    return (*pairs, *((ASSIGN if assigns else ALONE) if not twin else ()))
 
 
 SIDES = (("vision", "image"), ("text", "text"))
-_ALONE = (
+ALONE = (
     Pair("itm_head.{p}", "objectives.itm.head.{p}"),
     Pair(
         "temp",
@@ -203,7 +207,7 @@ _ALONE = (
 )
 
 
-_ASSIGN = (
+ASSIGN = (
     Pair("ta_head.{p}", "objectives.assign.head.{p}"),
     Pair("vision_proj.{p}", "objectives.assign.alike.{p}"),
 )
@@ -228,8 +232,15 @@ def rename(state: State) -> Renamed:
     whole, left = without_copies(state, _copies(state))
     shapes = {name: tuple(tensor.shape) for name, tensor in whole.items()}
     assigns = "ta_head.weight" in shapes
-    alone, ignored = (_ASSIGN, _IGNORED | _UNUSED) if assigns else (_ALONE, _IGNORED)
-    found = rename_pairs((*table(shapes), *table(shapes, "_m"), *alone), whole, ignored)
+    pairs: list[Pair] = []
+    for twin in ("", "_m"):
+        prefix = _text_prefix(shapes, twin)
+        stored = f"{prefix}embeddings.word_embeddings.weight" in shapes
+        sizes = read_stack(shapes, prefix) if stored else None
+        pairs += (
+            table(prefix, sizes.layers, sizes.split, twin, assigns) if sizes else table(prefix, 0, 0, twin, assigns)
+        )
+    found = rename_pairs(pairs, whole, _IGNORED | _UNUSED if assigns else _IGNORED)
     return Renamed(found.state, found.ignored | left, found.unexpected)
 
 

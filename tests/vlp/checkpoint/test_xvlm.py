@@ -15,7 +15,6 @@ from torchvision.ops import box_convert, generalized_box_iou
 
 import vlp
 from objectives.box import generalised_iou
-from scripts.goldens.base import Case
 
 WIDTH, MEMORY, HEADS, LAYERS, SPLIT = 16, 24, 4, 4, 2
 DEPTH, LOCAL, TOKENS = 4, 2, 17
