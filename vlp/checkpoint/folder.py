@@ -24,7 +24,7 @@ CHEAP = 64 * 2**20
 
 
 @contextmanager
-def replace_folder(folder: Path, optional: Collection[str] = ()) -> Iterator[Path]:
+def replace_folder(folder: Path, optional: Collection[str] = (), manifest: bool = True) -> Iterator[Path]:
     """Give an empty folder to write to; at the end it takes the place of ``folder`` in one step.
 
     Whatever happens in between, ``folder`` is what it was before, or the new one. (A kill between the two renames of a
@@ -33,6 +33,7 @@ def replace_folder(folder: Path, optional: Collection[str] = ()) -> Iterator[Pat
     Args:
         folder: to write.
         optional: names of files without which it is still whole.
+        manifest: write one, as a checkpoint of ours has it.
     """
     folder = folder.absolute()
     partial, replaced = folder.with_name(f".{folder.name}.partial"), _replaced(folder)
@@ -41,7 +42,8 @@ def replace_folder(folder: Path, optional: Collection[str] = ()) -> Iterator[Pat
     partial.mkdir()
     try:
         yield partial
-        _write_manifest(partial, optional)
+        if manifest:
+            _write_manifest(partial, optional)
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
         if folder.exists():

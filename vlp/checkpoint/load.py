@@ -28,7 +28,7 @@ from vlp.checkpoint.native import CONFIG, load_weights, read_config, read_weight
 from vlp.checkpoint.sources import TOKENIZER_FILES, local
 from vlp.config import Config, Layer, build
 from vlp.data.loader import DataConfig
-from vlp.data.tokenizer import load_tokenizer
+from vlp.data.tokenizer import OPEN_CLIP_FILE, Tokenizer, load_tokenizer
 from vlp.loaded import LazyTokenizer, Loaded
 from vlp.model import Model, ModelConfig, build_model
 from vlp.recipes import lift
@@ -100,11 +100,13 @@ class Strictness:
 def _load_own(folder: Path, settings: Mapping[str, Any] | None, rules: Strictness, average: bool) -> Loaded:
     state = read_weights(folder, average=average)  # first, because it finds torn checkpoints
     found = read_loaded_config(folder, settings)
-    tokenizer = load_tokenizer(folder)
-    size = tokenizer.vocabulary.size
+    words: Tokenizer | LazyTokenizer = LazyTokenizer(found.data.tokenizer)  # a converted one may be without its files
+    if any((folder / name).is_file() for name in (*TOKENIZER_FILES, OPEN_CLIP_FILE)):
+        words = load_tokenizer(folder)
+    size = words.vocabulary.size if isinstance(words, Tokenizer) else None
     model = build_model(found.model, found.objectives, vocabulary_size=size, pretrained=False)
     report = load_weights(model, state, allow_missing=rules.allow_missing, ignore=rules.ignore)
-    return Loaded(model, tokenizer, found, report)
+    return Loaded(model, words, found, report)
 
 
 def load_foreign(

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from vlp.cli import checkpoints, looking, training, using
+from vlp.cli import checkpoints, convert, looking, training, using
 from vlp.cli.command import Command, Parser
 from vlp.recipes import did_you_mean
 
@@ -25,6 +25,7 @@ COMMANDS = {
     "recipes": looking.RECIPES,
     "compare": training.COMPARE,
     "inspect": checkpoints.INSPECT,
+    "convert": convert.CONVERT,
     "push": checkpoints.PUSH,
 }
 

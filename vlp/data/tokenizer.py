@@ -27,7 +27,7 @@ from vlp.data.wordpiece import train_wordpiece
 logger = logging.getLogger(__name__)
 
 _OPEN_CLIP = "open_clip:"
-_OPEN_CLIP_FILE = "open_clip_tokenizer.json"
+OPEN_CLIP_FILE = "open_clip_tokenizer.json"
 _RULES_FILE = "tokenizer_rules.json"
 
 Ids = npt.NDArray[np.int64]
@@ -240,8 +240,16 @@ class OpenClipTokenizer(Tokenizer):
     def __reduce__(self) -> Any:
         return OpenClipTokenizer, (self.rules,)
 
+    def as_transformers(self) -> Any:
+        """Return the same vocabulary and merges as a ``CLIPTokenizer``, which does not mend HTML entities."""
+        from transformers import CLIPTokenizer
+
+        merges = sorted(self._bpe.bpe_ranks, key=self._bpe.bpe_ranks.__getitem__)
+        named = {self.vocabulary.cls: "<|startoftext|>", self.vocabulary.sep: "<|endoftext|>"}
+        return CLIPTokenizer({named.get(i, piece): i for piece, i in self._bpe.encoder.items()}, merges)
+
     def _save(self, folder: Path) -> None:
-        (folder / _OPEN_CLIP_FILE).write_text(json.dumps({"tokenizer": "clip_bpe"}) + "\n", encoding="utf-8")
+        (folder / OPEN_CLIP_FILE).write_text(json.dumps({"tokenizer": "clip_bpe"}) + "\n", encoding="utf-8")
 
     def _pieces(self, text: str, limit: int) -> tuple[list[int], list[bool]]:
         ids = self._bpe.encode(text)
@@ -294,7 +302,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def _from_folder(folder: Path, asked: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a folder and its rules, those that are ``asked`` for over them."""
     rules = {**_read_json(folder / _RULES_FILE), **asked}
-    if (folder / _OPEN_CLIP_FILE).is_file():
+    if (folder / OPEN_CLIP_FILE).is_file():
         return OpenClipTokenizer(build(TextRules, rules))
     if config := _read_json(folder / "open_clip_config.json"):
         return _by_text_config(config.get("model_cfg", {}).get("text_cfg", {}), str(folder), rules, local=True)
