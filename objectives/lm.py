@@ -142,7 +142,7 @@ class Lm(Objective):
     def _text(self, batch: Batch) -> Texts:
         """The text that is written, with its labels."""
         text = batch.texts[self.config.view]
-        if self.config.view != "clean":
+        if self.config.view != "clean" or text.labels is not None:
             return text
         following = torch.where(text.keep[:, 1:], text.ids[:, 1:], -100)
         return replace(text, labels=F.pad(following, (0, 1), value=-100))

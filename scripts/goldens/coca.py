@@ -26,7 +26,11 @@ def _ids(case: Case) -> Tensor:
 def _batch(case: Case, loaded: Loaded) -> Batch:
     ids = _ids(case)
     keep = case.inputs["mask"].bool()[:, : ids.shape[1]] if "mask" in case.inputs else ids != PAD
-    return Batch({"clean": Images(case.inputs["image"])}, {"clean": Texts(ids, keep)})
+    labels = None
+    if case.name.startswith("tmm"):  # the last word is predicted, though not read
+        following = case.inputs["text"][:, 1:]
+        labels = torch.where(following == PAD, -100, following)
+    return Batch({"clean": Images(case.inputs["image"])}, {"clean": Texts(ids, keep, labels=labels)})
 
 
 def _pooled(ran: Ran) -> Tensor:
