@@ -84,7 +84,8 @@ def _answers(config: Mapping[str, Any], number: int) -> list[str]:
     return list(RELATIONS) if number == len(RELATIONS) else numbered(number)
 
 
-def _names(prefix: str) -> tuple[Pair, ...]:
+def names(prefix: str) -> tuple[Pair, ...]:
+    """Return the names of the model without its heads."""
     layer = prefix + "encoder.layer.{n}."
     return (
         *embeddings(f"{prefix}embeddings.text_", "text."),
@@ -116,16 +117,26 @@ def _names(prefix: str) -> tuple[Pair, ...]:
     )
 
 
-_MLM = (
-    Pair("mlm_score.transform.dense.{p}", "objectives.mlm.head.dense.{p}"),
-    Pair("mlm_score.transform.LayerNorm.{p}", "objectives.mlm.head.norm.{p}"),
-    Pair("mlm_score.decoder.{p}", "objectives.mlm.head.decoder.{p}"),
-)
-_RANK = (Pair("rank_output.{p}", "objectives.rank.head.{p}"),)
 _IGNORED = {r"(vilt\.)?embeddings\.text_embeddings\.(position|token_type)_ids": "counted"}
 
 
-def _classifier(objective: str) -> tuple[Pair, ...]:
+def mlm_names(objective: str) -> tuple[Pair, ...]:
+    """Return the names of the head of an objective mlm."""
+    head = f"objectives.{objective}.head."
+    return (
+        Pair("mlm_score.transform.dense.{p}", f"{head}dense.{{p}}"),
+        Pair("mlm_score.transform.LayerNorm.{p}", f"{head}norm.{{p}}"),
+        Pair("mlm_score.decoder.{p}", f"{head}decoder.{{p}}"),
+    )
+
+
+def rank_names(objective: str) -> tuple[Pair, ...]:
+    """Return the names of the head of an objective rank."""
+    return (Pair("rank_output.{p}", f"objectives.{objective}.head.{{p}}"),)
+
+
+def answer_names(objective: str) -> tuple[Pair, ...]:
+    """Return the names of the head of an objective answer, on one image or two."""
     return (Pair("classifier.{n}.{p}", f"objectives.{objective}.head.{{n}}.{{p}}"),)
 
 
@@ -137,7 +148,7 @@ def _rename(state: State) -> Renamed:
     if "mlm_score.decoder.bias" in found:
         left[rf"{prefix}pooler\..+"] = "no head of the file reads it"
     pair = _CLASSIFIER in state and state["classifier.0.weight"].shape[1] > state[f"{prefix}{_PATCHES}"].shape[0]
-    table = (*_names(prefix), *_MLM, *_RANK, *_classifier("relate" if pair else "answer"))
+    table = (*names(prefix), *mlm_names("mlm"), *rank_names("rank"), *answer_names("relate" if pair else "answer"))
     renamed = rename_read(table, found, left)
     return replace(renamed, ignored={**renamed.ignored, **copies})
 

@@ -28,6 +28,7 @@ from two_towers import randomise, texts, write_case
 
 import vlp
 from scripts.goldens.base import Case
+from vlp.checkpoint.export import convert
 
 RECORDED = ["hf_vilt", "hf_vilt_mlm", "hf_vilt_vqa"]
 SIZES: list[dict[str, Any]] = [
@@ -195,3 +196,49 @@ def test_from_pictures_and_words(tmp_path: Path, name: str) -> None:
         assert loaded.answer(PICTURES, texts) == [model.config.id2label[int(n)] for n in logits.argmax(1)]
     else:
         torch.testing.assert_close(loaded.match(PICTURES, texts), logits[:, 0].sigmoid(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_out(tmp_path: Path, name: str) -> None:
+    """What came in goes out, and gives transformers what it gave before."""
+    model = build(name, SIZES[0], 5)
+    model.save_pretrained(tmp_path / "theirs")
+    left = convert(vlp.load(tmp_path / "theirs"), tmp_path / "ours", "transformers")
+    again, told = CLASSES[name].from_pretrained(tmp_path / "ours", output_loading_info=True)
+    unread = {"vilt.pooler.dense.weight", "vilt.pooler.dense.bias"} if name == "hf_vilt_mlm" else set()
+    assert set(told["missing_keys"]) == unread and not told["unexpected_keys"] and not left
+    given = inputs(name, model.config, 5)
+    with torch.no_grad():
+        wanted, found = model(**given), again.eval()(**given)
+    key = "last_hidden_state" if name == "hf_vilt" else "logits"
+    assert torch.equal(found[key], wanted[key])
+    assert again.config.id2label == model.config.id2label or "labels" not in given
+
+
+def test_out_of_the_authors(tmp_path: Path) -> None:
+    """Pretraining has two heads, of which transformers' class holds one; its words are its own."""
+    loaded = vlp.load(GOLDENS / "vilt_infer" / "model.ckpt", config={"num_heads": 4})
+    left = convert(loaded, tmp_path / "ours", "transformers")
+    assert {name.split(".")[1] for name in left} == {"itm"}
+    again = ViltForMaskedLM.from_pretrained(tmp_path / "ours").eval()
+    assert again.config.layer_norm_eps == 1e-6
+    case = Case(GOLDENS / "vilt_mlm")
+    pixels = case.inputs["image.0"]
+    with torch.no_grad():
+        logits = again(
+            input_ids=case.inputs["text_ids_mlm"],
+            attention_mask=case.inputs["text_masks"],
+            pixel_values=pixels,
+            pixel_mask=(pixels != 0).any(1).long(),
+        ).logits
+    keep = case.inputs["text_masks"].bool()
+    # The one epsilon of transformers shows on these small embeddings.
+    torch.testing.assert_close(logits[keep], case.outputs["mlm_logits"][keep], atol=2e-3, rtol=1e-2)
+
+
+def test_what_has_no_such_form(tmp_path: Path) -> None:
+    loaded = vlp.load(
+        GOLDENS / "meter_infer" / "model.ckpt", config={"num_heads": 4, "vision_heads": 4, "text_heads": 4}
+    )
+    with pytest.raises(ValueError, match="hf_vilt: it is a single_stream with pooler tanh"):
+        convert(loaded, tmp_path / "out", "transformers")
