@@ -31,7 +31,7 @@ from vlp.data.presets import albef_blip
 _VISION = "vision_model."
 _PATCHES = _VISION + "embeddings.patch_embedding.weight"
 _IGNORED = {r".*embeddings\.position_ids": "counted anew", r"text_encoder\.pooler\..*": "of BERT, never used"}
-_VISION_TABLE = (
+VISION_TABLE = (
     Pair(_VISION + "embeddings.class_embedding", "vision.vit.cls_token"),
     Pair(_VISION + "embeddings.position_embedding", "vision.vit.pos_embed"),
     Pair(_VISION + "embeddings.patch_embedding.{p}", "vision.vit.patch_embed.proj.{p}"),
@@ -148,7 +148,7 @@ def tied(config: Mapping[str, Any]) -> bool:
 
 def table(shapes: Shapes) -> tuple[Pair, ...]:
     """Return the names of a file's weights there and here."""
-    pairs = [*_VISION_TABLE, *(Pair(f"{side}_proj.{{p}}", f"embed.main.{mine}.{{p}}") for side, mine in SIDES)]
+    pairs = [*VISION_TABLE, *(Pair(f"{side}_proj.{{p}}", f"embed.main.{mine}.{{p}}") for side, mine in SIDES)]
     if ENCODER + WORDS in shapes:
         pairs += split_stack(ENCODER, "", read_stack(shapes, ENCODER).layers, 0)
     pairs += [*decoder_stack(DECODER, "decoder."), *word_head(HEAD, "objectives.lm.head.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from standins import GOLDENS, verdict
 from torch import Tensor
@@ -24,6 +26,7 @@ import vlp
 from encoders.types import Batch, Images, Texts, Vocabulary
 from objectives.base import Decode, Draw, Embed, Encode, Fuse
 from scripts.goldens.base import Case
+from vlp.checkpoint.export import convert
 from vlp.generate import GenerationConfig, generate_text
 from vlp.loaded import Loaded
 
@@ -31,6 +34,12 @@ SEEDS = range(4)
 WORDS, BOS, SEP = 60, 58, 3
 VOCABULARY = Vocabulary(WORDS, 0, 2, SEP, None, BOS, SEP)
 IMAGE, TEXT, ANSWERS = Encode("image"), Encode("text"), "lm:answer"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published tokenizers are not looked for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.mark.parametrize("name", ["hf_blip_caption", "hf_blip_itm"])
@@ -247,3 +256,57 @@ def test_sizes_are_assumed_without_a_configuration(tmp_path: Path) -> None:
     file = (tmp_path / "model.safetensors").rename(tmp_path / "blip.safetensors")  # the other name is our own's
     notes = vlp.load(file).report.notes
     assert any("there is no config.json" in note for note in notes)
+
+
+def weights(theirs: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in theirs.state_dict().items() if "position_ids" not in name}
+
+
+@pytest.mark.parametrize("kind", [BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipForQuestionAnswering])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_back(tmp_path: Path, kind: Any, seed: int) -> None:
+    theirs, loaded = pair(kind, config(seed), tmp_path / "there", seed)
+    left = convert(loaded, tmp_path / "back", "hf")
+    assert set(left) <= {"embed.main.logit_scale"}
+    back = kind.from_pretrained(tmp_path / "back").eval()
+    wanted = weights(theirs)
+    assert weights(back).keys() == wanted.keys()
+    for name, tensor in weights(back).items():
+        assert torch.equal(tensor, wanted[name]), name
+    for part in ("text_config", "vision_config"):
+        ours, original = (getattr(one.config, part).to_dict() for one in (back, theirs))
+        unknown = {"bos_token_id", "sep_token_id", "eos_token_id"}  # the tokenizer is not here
+        unread = {"dtype", "initializer_range", "projection_dim"}
+        unread |= {"label_smoothing"} if kind is BlipForImageTextRetrieval else set()
+        for name in original.keys() - unknown - unread:
+            assert ours[name] == original[name], name
+
+
+@pytest.mark.parametrize("case", ["blip_decoder", "blip_itm", "blip_pretrain", "by_blip_code/blip_vqa_train"])
+def test_the_authors_files_reach_transformers(tmp_path: Path, case: str) -> None:
+    recorded = Case(GOLDENS / case)
+    given = {"vit": recorded.config["vit"], "med_config": recorded.config["med"]}
+    loaded = vlp.load(recorded.weights, config=given)
+    convert(loaded, tmp_path / "out", "hf")
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["architectures"][0]
+    theirs = getattr(transformers, named).from_pretrained(tmp_path / "out").eval()
+    image = recorded.inputs["image"]
+    if named == "BlipForConditionalGeneration":
+        ids, keep = recorded.inputs["text.input_ids"].clone(), recorded.inputs["text.attention_mask"]
+        ids[:, 0] = theirs.config.text_config.bos_token_id
+        close(theirs(image, ids, keep).logits, recorded.outputs["lm_logits"], keep.bool())
+    elif named == "BlipForImageTextRetrieval":
+        ids, keep = recorded.inputs["text.input_ids"], recorded.inputs["text.attention_mask"]
+        close(theirs(ids, image, attention_mask=keep).itm_score, recorded.outputs["itm_logits"])
+    else:
+        ids, keep = recorded.inputs["question.input_ids"].clone(), recorded.inputs["question.attention_mask"]
+        ids[:, 0] = loaded.config.model.text.fused_first
+        seen = theirs.vision_model(image).last_hidden_state
+        states = theirs.text_encoder(ids, keep, encoder_hidden_states=seen).last_hidden_state
+        close(states, recorded.outputs["question_states"], keep.bool())
+
+
+def test_what_transformers_cannot_hold(tmp_path: Path) -> None:
+    recorded = Case(GOLDENS / "albef_retrieval")
+    with pytest.raises(ValueError, match="hf_blip: its text encoder is not BLIP's"):
+        convert(vlp.load(recorded.weights, config=recorded.config), tmp_path / "out", "hf")
