@@ -77,10 +77,11 @@ def abilities(config: LoadedConfig) -> tuple[str, ...]:
     objectives = config.objectives.values()
     kinds = {one.kind for one in objectives}
     memories = {getattr(one, "memory", None) for one in objectives if one.kind == "lm"}
+    images = getattr(config.model.fusion, "images", "one")
     known = {
         "embed_images, embed_texts, classify": any(one.trains_embed for one in objectives),
-        "match": "itm" in kinds,
-        "answer": "answer" in kinds or "fused" in memories,
+        "match": bool(kinds & {"itm", "rank"}),
+        "answer": ("answer" in kinds and images == "one") or "fused" in memories,
         "caption": "image" in memories,
     }
     return tuple(name for name, has in known.items() if has)
