@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,11 +139,12 @@ def finetune_table(run: FinetuneConfig, done: Finetuned) -> Table | None:
 def take_weights(model: Model, source: Model) -> LoadReport:
     """Fill a model from a pretrained one: everything that still exists, in the same shape.
 
-    A new decoder's blocks begin as the fusion's where the shapes agree (Li et al. 2021, ALBEF, section 4), a new word
-    head as that of masked words. An answer head is only taken over with its answers.
+    A new decoder's blocks begin as the fusion's where the shapes agree (Li et al. 2021, ALBEF, section 4), its words as
+    the text encoder's, a new word head as that of masked words. A fusion that reads two images by turns begins with
+    every block of one twice (section 5). An answer head is only taken over with its answers.
     """
     state, wanted = dict(source.state_dict()), model.state_dict()
-    taken = dict(_begun_as(wanted, state))
+    taken = dict(_begun_as(wanted, state)) | dict(_doubled(model, source, state))
     state |= taken
     ignore = [name for name, tensor in state.items() if name in wanted and _differs(name, tensor, wanted[name])]
     for name, one in model.objective_configs.items():
@@ -155,13 +157,34 @@ def take_weights(model: Model, source: Model) -> LoadReport:
     return report
 
 
+BEGINNINGS = (
+    ("decoder.embeddings.", "text.embeddings."),
+    ("decoder.", "fusion."),
+    ("objectives.lm.", "objectives.mlm."),
+    ("objectives.assign.alike.", "embed.main.image."),
+)
+"""Weights of new parts, and of which parts' they begin as."""
+
+
 def _begun_as(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
     """Weights of new parts that the source has in another of the same shape, by their new names."""
     for name, tensor in wanted.items():
-        for new, old in (("decoder.", "fusion."), ("objectives.lm.", "objectives.mlm.")):
+        for new, old in BEGINNINGS:
             found = state.get(old + name.removeprefix(new)) if name.startswith(new) and name not in state else None
             if found is not None and found.shape == tensor.shape:
                 yield name, found
+
+
+def _doubled(model: Model, source: Model, state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+    """Blocks of a fusion that reads two images by turns: each of the source's, twice."""
+    turns, one = (getattr(each.config.fusion, "images", None) for each in (model, source))
+    if turns != "alternate" or one != "one":
+        return
+    for name in model.state_dict():
+        if found := re.fullmatch(r"((?:teacher\.)?fusion\.blocks\.)(\d+)(\..+)", name):
+            old = f"{found[1]}{int(found[2]) // 2}{found[3]}"
+            if old in state:
+                yield name, state[old]
 
 
 def _differs(name: str, stored: Tensor, wanted: Tensor) -> bool:

@@ -1,0 +1,48 @@
+"""What a finetuning's new parts begin as."""
+
+from __future__ import annotations
+
+import torch
+from helpers import SIZES, tiny_model
+
+from downstream.finetune import take_weights
+from objectives import AnswerConfig, AssignConfig, ItcConfig, ItmConfig, LmConfig, MlmConfig
+from vlp.fusion.dual import DualStreamConfig
+
+PRETRAINED = {"itc": ItcConfig(queue=4, distill=0.4), "itm": ItmConfig(), "mlm": MlmConfig(distill=0.4)}
+
+
+def test_a_fusion_that_reads_two_images_by_turns_begins_with_every_block_twice() -> None:
+    source = tiny_model("dual_stream", PRETRAINED)
+    with torch.no_grad():
+        for weight in source.teacher.parameters():
+            weight.add_(0.5)
+    doubled = DualStreamConfig(**SIZES | {"layers": 4}, images="alternate")
+    answer = AnswerConfig(answers=("False", "True"), loss="ce", head="relu", distill=0.4)
+    model = tiny_model(doubled, {"answer": answer}, seed=1)
+    report = take_weights(model, source)
+    assert {name.split(".")[0] for name in report.missing} <= {"objectives", "teacher"}
+    for part, other in ((model, source), (model.teacher, source.teacher)):
+        for number, block in enumerate(part.fusion.blocks):
+            for name, weight in block.state_dict().items():
+                assert torch.equal(weight, other.fusion.blocks[number // 2].state_dict()[name]), (number, name)
+    # A head that is new is new in the teacher too: it begins as its student.
+    head, taught = model.objectives["answer"].head, model.teacher.heads["answer"].head
+    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), taught.parameters(), strict=True))
+
+
+def test_text_assignment_finds_images_alike_by_the_contrastive_projection() -> None:
+    source = tiny_model("dual_stream", PRETRAINED)
+    config = DualStreamConfig(**SIZES | {"layers": 4}, images="alternate")
+    model = tiny_model(config, {"assign": AssignConfig(width=16)}, seed=1)
+    take_weights(model, source)
+    assert torch.equal(model.objectives["assign"].alike.weight, source.embed["main"].image.weight)
+
+
+def test_a_decoder_begins_as_the_fusion_and_its_teacher_as_the_decoder() -> None:
+    source = tiny_model("dual_stream", PRETRAINED)
+    model = tiny_model("dual_stream", {"lm": LmConfig(memory="fused", view="lm:answer", distill=0.4)}, seed=1)
+    take_weights(model, source)
+    for name, weight in model.decoder.blocks.state_dict().items():
+        assert torch.equal(weight, source.fusion.blocks.state_dict()[name])
+        assert torch.equal(weight, model.teacher.decoder.blocks.state_dict()[name])
