@@ -191,6 +191,31 @@ class ImageView(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class RegionMask:
+    """What of an image's regions a view hides."""
+
+    masked: np.ndarray
+    """[R] bool, features are hidden."""
+    predict: np.ndarray
+    """[R] bool, regions that are to be predicted; some may show their features."""
+    replaced: np.ndarray
+    """[R] int64, which of another image's regions shows its features there, counted round; -1 = none."""
+
+
+class RegionView(Protocol):
+    """Which regions of a detector are hidden: a small frozen, picklable object."""
+
+    @property
+    def replaces(self) -> bool:
+        """Whether features of another image's regions are shown."""
+        ...
+
+    def make(self, boxes: np.ndarray, generator: np.random.Generator) -> RegionMask:
+        """Hide regions with relative corners ``boxes`` [R, 4]; ``generator`` is keyed by (seed, view, position)."""
+        ...
+
+
 class View(Protocol):
     """How a text view is made on the host from the tokenised caption: a small frozen, picklable object."""
 
@@ -302,7 +327,7 @@ class Objective(nn.Module):
         super().__init__()
         self.needs: frozenset[Pass] = frozenset()
         self.views: dict[str, View] = {}
-        self.image_views: dict[str, ImageView] = {}
+        self.image_views: dict[str, ImageView | RegionView] = {}
 
     def rows(self, results: Results, batch: Batch, draw: Draw) -> dict[str, Rows]:
         """Return the pairs of this step that its ``Fuse(rows=name)`` passes ask for, by name; embeds are ready."""

@@ -8,8 +8,10 @@ Shapes: B images, R regions, K predicted regions, O outputs of a target, D width
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 from encoders.layers import ACTIVATIONS, Activation, initialise
 from encoders.types import Batch, Regions
-from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side
+from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, RegionMask, Results, Side
 from vlp.config import Config
 
 RegionLoss: TypeAlias = Literal["mse", "smooth_l1", "kl", "best_class", "class", "nce"]
@@ -49,11 +51,19 @@ class MrmConfig(Config):
     targets: dict[str, RegionTargetConfig] = Field(default_factory=dict)
     """What is predicted, by its name in ``Regions.targets``: "features" (without an entry the regions' own), "classes",
     "objects", "attributes"; "NAME_scores" [B, R] there weighs the terms of NAME (LXMERT: the detector's confidence)."""
+    mask_probability: float = Field(0.15, gt=0, lt=1)
+    """Share of the regions that are to be predicted; at least one of an image."""
+    hidden: float = Field(1.0, ge=0, le=1)
+    """Share of these whose features are hidden (ViLBERT 0.9, LXMERT 0.8)."""
+    replaced: float = Field(0.0, ge=0, le=1)
+    """Share of these that show the features of another image's region (LXMERT 0.1); the others show their own."""
+    overlap: float | None = Field(None, gt=0, lt=1)
+    """Hide also regions that overlap one of these by more than this intersection over union (ViLBERT 0.4)."""
     text: Literal["clean", "masked"] = "clean"
     """Text beside it: the whole one (UNITER masks one side at a time), or that with masked words (ViLBERT, LXMERT)."""
     mean: Literal["predicted", "all"] = "predicted"
-    """Over which regions: those predicted, or all, where the scores say which count (LXMERT, whose weight of 6.667 is
-    then 1 / 0.15)."""
+    """Over which regions: those predicted, or all, where the scores say which count, and without scores those predicted
+    (LXMERT, whose weight of 6.667 is then 1 / 0.15)."""
     norm: bool = True
     """Layer norm in the head (VL-BERT has none)."""
     activation: Activation = "gelu"
@@ -83,6 +93,43 @@ class MrmConfig(Config):
                 "to false"
             )
         return Mrm(self, spec.image_width, spec)
+
+
+@dataclass(frozen=True)
+class MaskedRegions:
+    """A share of the regions is to be predicted; most of these, and what overlaps them, are hidden."""
+
+    probability: float
+    hidden: float
+    replaced: float
+    overlap: float | None
+
+    @property
+    def replaces(self) -> bool:
+        """Whether features of another image's regions are shown."""
+        return self.replaced > 0
+
+    def make(self, boxes: np.ndarray, generator: np.random.Generator) -> RegionMask:
+        """Hide regions with relative corners [R, 4]."""
+        number = len(boxes)
+        # A fixed number of draws per region, so that masks depend on nothing else.
+        choose, how = generator.random(number), generator.random(number)
+        other = generator.integers(0, 2**30, number)
+        predict = choose < max(self.probability, np.nextafter(choose.min(), 1))
+        masked = predict & (how < self.hidden)
+        replaced = predict & ~masked & (how < self.hidden + self.replaced)
+        if self.overlap is not None:
+            masked |= (intersection_over_union(boxes, boxes[predict]) > self.overlap).any(1) & ~predict
+        return RegionMask(masked, predict, np.where(replaced, other, -1))
+
+
+def intersection_over_union(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Overlap of boxes [R, 4] with others [S, 4], as corners left, top, right, bottom -> [R, S]."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    shared = np.clip(high - low, 0, None).prod(2)
+    areas = [(each[:, 2:] - each[:, :2]).prod(1) for each in (boxes, others)]
+    return shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, 1e-12)
 
 
 class TiedRegression(nn.Module):
@@ -126,6 +173,9 @@ class Mrm(Objective):
         self.head = RegionHead(config, width, spec)
         self.fused = Fuse("masked", config.text)
         self.needs = frozenset({self.fused})
+        self.image_views = {
+            "masked": MaskedRegions(config.mask_probability, config.hidden, config.replaced, config.overlap)
+        }
 
     def count(self, batch: Batch) -> Tensor:
         regions = _regions(batch)
