@@ -137,6 +137,8 @@ def _objectives(shapes: Shapes, config: Mapping[str, Any], text: Stack, notes: l
             notes.append(f"temperature {TEMPERATURE}")
     if "itm_head.weight" in shapes:
         found["itm"] = {"exclude": rule, "floor": 1e-4 if _pretrained(shapes) else 0.0}
+        if config.get("negative_all_rank"):
+            found["itm"] |= {"candidates": "global"}
     if HEAD + "transform.dense.weight" in shapes:
         found["lm"] = {"label_smoothing": 0.1}
         if ENCODER + WORDS not in shapes and text.vocabulary == PUBLISHED_WORDS:
