@@ -158,8 +158,8 @@ def pretraining(config: DemoConfig) -> RunConfig:
 
 
 def search(loaded: Loaded, spec: str, split: str, folder: Path) -> Result:
-    """Score retrieval on one gallery; the weight of ITC beside ITM is chosen on the val concepts in training styles."""
-    task = RetrievalConfig(weight_data="emoji:noto", weight_where={"split": "val"})
+    """Score retrieval on one gallery; the weight of ITC beside ITM is chosen on the val concepts in the same style."""
+    task = RetrievalConfig(weight_data=spec, weight_where={"split": "val"})
     return score(loaded, task, {"val": spec, "where": {"split": split}}, folder)
 
 
