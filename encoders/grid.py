@@ -18,6 +18,10 @@ from encoders.types import Images, Tokens
 from vlp.config import Config
 
 
+FROZEN_AT_A_TIME = 64
+"""Images that a frozen body runs at a time: large activations are slow to allocate on a CPU, by a factor of three."""
+
+
 class GridConfig(Config):
     """A timm model without its classifier, as it is."""
 
@@ -31,6 +35,8 @@ class GridConfig(Config):
     may have another project's names if they are of the same number, order and shapes."""
     image_size: int = 224
     """Side of the square input in pixels."""
+    head_conv: bool = True
+    """Keep the 1x1 convolution that an EfficientNet has behind its last stage (ALIGN: off)."""
     mean_token: bool = False
     """Put the mean of all cells before them, as a [CLS] (X-VLM's Swin)."""
     freeze_norm: bool = True
@@ -62,6 +68,8 @@ class GridEncoder(nn.Module):
         super().__init__()
         # Channels last is how convolutions run fastest, on CPU and GPU. timm's attributes are untyped.
         self.body: Any = _create(config, pretrained=False).to(memory_format=torch.channels_last)
+        if not config.head_conv:
+            _drop_head_conv(self.body, config.model)
         native = self.body.pretrained_cfg
         self.config = config.model_copy(
             update={"mean": config.mean or tuple(native["mean"]), "std": config.std or tuple(native["std"])}
@@ -85,7 +93,8 @@ class GridEncoder(nn.Module):
                 reason = str(error).splitlines()[0]
                 raise ValueError(f"model.vision.weights {self.config.weights}: {reason}") from error
         elif self.config.pretrained:
-            self.body.load_state_dict(_create(self.config, pretrained=True).state_dict())
+            theirs = _create(self.config, pretrained=True).state_dict()
+            self.body.load_state_dict({name: theirs[name] for name in self.body.state_dict()})
 
     def train(self, mode: bool = True) -> GridEncoder:
         """As any module; frozen batch norms stay in evaluation mode."""
@@ -134,9 +143,15 @@ class GridEncoder(nn.Module):
             pixels = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         if not layers:
-            return self.body.forward_features(pixels), None
+            return self._features(pixels), None
         found, stages = self.body.forward_intermediates(pixels, output_fmt="NCHW")
         return found, tuple(stage.flatten(2).transpose(1, 2) for stage in stages)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """The last stage's map. A frozen body keeps nothing for a backward, so a few images at a time cost nothing."""
+        if any(weight.requires_grad for weight in self.body.parameters()):
+            return self.body.forward_features(pixels)
+        return torch.cat([self.body.forward_features(part) for part in pixels.split(FROZEN_AT_A_TIME)])
 
     def _cells(self, found: Tensor) -> Tensor:
         """The map's cells, [B, N, D]."""
@@ -145,6 +160,15 @@ class GridEncoder(nn.Module):
     def _channels_last(self, found: Tensor) -> bool:
         """Whether the map is [B, h, w, C] (Swin), as timm says by ``output_fmt``."""
         return getattr(self.body, "output_fmt", "NCHW") == "NHWC"
+
+
+def _drop_head_conv(body: Any, name: str) -> None:
+    conv = getattr(body, "conv_head", None)
+    if not isinstance(conv, nn.Conv2d) or not hasattr(body, "bn2"):
+        raise ValueError(
+            f"model.vision.head_conv false: {name} has no such convolution, as EfficientNets do; set it true"
+        )
+    body.conv_head, body.bn2, body.num_features = nn.Identity(), nn.Identity(), conv.in_channels
 
 
 def _create(config: GridConfig, pretrained: bool) -> Any:
