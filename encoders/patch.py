@@ -54,6 +54,8 @@ class PatchConfig(Config):
     interpolated for each image's own rows and columns of patches (ViLT). None = `image_size`, and no interpolation."""
     drop_path: float = 0.0
     """Stochastic depth rate."""
+    patch_drop: float = Field(0.0, ge=0, lt=1)
+    """Share of the patches that training leaves out, drawn anew for each image; all are read afterwards (FLIP 0.5)."""
     queries: QueriesConfig | None = None
     """Learned queries that pool the tokens, and whose findings take their place (CoCa)."""
     mask_token: bool = False
@@ -172,6 +174,11 @@ class PatchEncoder(nn.Module):
 
         States of ``layers`` have not been through the final norm; :meth:`finish` applies it. Regions have none.
         """
+        if self.training and self.config.patch_drop and any(x is not None for x in (images.keep, images.masked)):
+            raise ValueError(
+                f"model.vision.patch_drop {self.config.patch_drop} leaves out patches at random, but these images have "
+                "padded or masked ones or are regions; set it to 0"
+            )
         if images.owner is not None:
             return self.regions(images, whole=False)[0]
         pixels = self._normalised(images.pixels)
@@ -287,6 +294,8 @@ def _create(config: PatchConfig, pretrained: bool) -> Any:
     }
     arguments: dict[str, Any] = {name: value for name, value in wanted.items() if value is not None}
     arguments |= {"img_size": config.image_size, "drop_path_rate": config.drop_path, "num_classes": 0}
+    if config.patch_drop:
+        arguments["patch_drop_rate"] = config.patch_drop
     if not config.class_token:
         arguments |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
     if config.pool == "map":

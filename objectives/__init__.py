@@ -9,6 +9,7 @@ from objectives.assign import AssignConfig
 from objectives.box import BoxConfig
 from objectives.classify import ClassifyConfig
 from objectives.fused_itc import FusedItcConfig
+from objectives.intra import IntraConfig
 from objectives.itc import ItcConfig
 from objectives.itm import ItmConfig
 from objectives.lm import LmConfig
@@ -19,11 +20,14 @@ from objectives.pair_attention import PairAttentionConfig
 from objectives.rank import RankConfig
 from objectives.seq2seq_mlm import Seq2SeqMlmConfig
 from objectives.sigmoid import SigmoidConfig
+from objectives.token_itc import TokenItcConfig
 from objectives.wra import WraConfig
 
 ObjectiveConfig: TypeAlias = Annotated[
     ItcConfig
     | SigmoidConfig
+    | TokenItcConfig
+    | IntraConfig
     | FusedItcConfig
     | ItmConfig
     | MlmConfig

@@ -24,6 +24,9 @@ MAIN = "main"
 WHOLE = "whole"
 """View of the pictures that the clean images are regions of (`Images.owner`); the clean images where they are none."""
 
+AGAIN = "again"
+"""View of the images with another augmentation of each."""
+
 Side: TypeAlias = Literal["image", "text", "pooled", "memory"]
 """What of a :class:`Fused` is read; `memory` is the side that the model's decoder reads."""
 
@@ -42,7 +45,7 @@ class Encode:
 
 @dataclass(frozen=True)
 class Embed:
-    """The unit-norm contrastive vector of one modality -> Tensor [B or T, E]."""
+    """The unit-norm contrastive vector of one modality -> Tensor [B or T, E]; of ``tokens`` [B or T, N, E]."""
 
     modality: Modality
     view: str = "clean"
@@ -50,6 +53,8 @@ class Embed:
     """Which space; its encode is of the same branch."""
     teacher: bool = False
     """By the momentum teacher, without gradient."""
+    tokens: bool = False
+    """Every state of the tower in the space, instead of its pooled vector (FILIP)."""
 
 
 @dataclass(frozen=True)
@@ -276,6 +281,8 @@ class ModelSpec:
     """Rows and columns of an image's patches; None where it has none."""
     patch_size: int = 16
     """Side of a patch in pixels."""
+    max_length: int | None = None
+    """Ids of the longest text; None where the text encoder does not say."""
     feature_projection: nn.Parameter | None = None
     """[D, F] that regions' features go through in the vision encoder, for tied heads."""
 
@@ -327,7 +334,7 @@ class Objective(nn.Module):
         super().__init__()
         self.needs: frozenset[Pass] = frozenset()
         self.views: dict[str, View] = {}
-        self.image_views: dict[str, ImageView | RegionView] = {}
+        self.image_views: dict[str, ImageView] = {}
 
     def rows(self, results: Results, batch: Batch, draw: Draw) -> dict[str, Rows]:
         """Return the pairs of this step that its ``Fuse(rows=name)`` passes ask for, by name; embeds are ready."""

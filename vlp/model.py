@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -22,6 +23,7 @@ from encoders.region import RegionEncoder
 from encoders.types import Batch, Modality
 from objectives import ObjectiveConfig
 from objectives.base import (
+    AGAIN,
     MAIN,
     Decode,
     Draw,
@@ -74,6 +76,8 @@ class ModelConfig(Config):
     without heads)."""
     momentum: float = Field(0.995, ge=0, le=1)
     """Share of the momentum teacher's weights that a step keeps, where an objective has a teacher (ALBEF, BLIP)."""
+    teacher_view: Literal["clean", "again"] = "clean"
+    """Images that the teacher sees: the student's, or another augmentation of each (TCL)."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +149,7 @@ class Model(nn.Module):
         self.objectives = nn.ModuleDict(built)
         self.weights = {name: one.weight for name, one in objectives.items()}
         self.objective_configs = dict(objectives)
+        self.config = config
         self.teacher = self._build_teacher()
         parts = {"vision": self.vision, "text": self.text, "fusion": self.fusion, "decoder": self.decoder}
         self.config = config.model_copy(update={name: part.config for name, part in parts.items() if part is not None})
@@ -220,6 +225,7 @@ class Model(nn.Module):
             image_width=getattr(fusion, "image_width", None),
             image_grid=self.vision.grid if isinstance(self.vision, PatchEncoder) and self.vision.has_patches else None,
             patch_size=getattr(self.vision, "patch_size", 16),
+            max_length=getattr(config.text, "max_length", None),
             feature_projection=getattr(self.vision, "feature_projection", None),
         )
 
@@ -315,6 +321,11 @@ class Model(nn.Module):
                         "give both the same settings"
                     )
         return found
+
+    def image_names(self) -> set[str]:
+        """Return the views of the images that objectives or the teacher read; the clean one always."""
+        again = {AGAIN} if self.teacher is not None and self.config.teacher_view == AGAIN else set()
+        return views(self.needs())["image"] | {"clean"} | again
 
     def image_views(self) -> dict[str, ImageView]:
         """Return how the image views of all objectives are made.

@@ -105,7 +105,7 @@ class Step:
         if self.model.teacher is None:
             raise ValueError("this model has no momentum teacher; set objectives.itc.queue or an objective's distill")
         if self._teacher is None:
-            self._teacher = Step(self.model.teacher, self.batch, self.layers)
+            self._teacher = Step(self.model.teacher, self.model.teacher.seen(self.batch), self.layers)
             self.results.teacher_heads = self.model.teacher.heads
         rows = self.results.rows
         found = self._teacher.run([_without_teacher(one) for one in wanted], lambda _: rows)
@@ -193,6 +193,8 @@ class Step:
         if space is None:
             raise ValueError("this model has no contrastive embedding; pretrain it with objective itc")
         tokens: Tokens = self.results[Encode(name.modality, name.view, name.branch, name.teacher)]
+        if name.tokens:
+            return space(name.modality, tokens.states)
         return space(name.modality, tokens.pooled if space.reads == "pooled" else tokens.states[:, 0])
 
     def _attention(self, view: str | None) -> tuple[AttentionKind, Tensor | None]:

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from encoders.region import RegionConfig, RegionEncoder
 from encoders.types import Batch, Images, Modality, Regions, Texts, Tokens, Vocabulary
 from objectives.answer import Answer
-from objectives.base import Decode, Draw, Embed, Encode, Fused, Pass, Results, Rows, ViewText
+from objectives.base import AGAIN, Decode, Draw, Embed, Encode, Fused, Pass, Results, Rows, ViewText
 from objectives.itm import Itm
 from objectives.mrm import Mrm
 from objectives.pair_attention import PairAttention
@@ -98,7 +98,7 @@ def synthetic_batch(model: Model, size: int, length: int, device: torch.device |
     for name, view in model.text_views().items():
         made = [view.make(row, starts, words, draw.sample(name, position)) for position, row in enumerate(ids)]
         texts[name] = pad_texts(made, view.attention, words.pad, length)
-    names = sorted(views(model.needs())["image"] | {"clean"})
+    names = sorted(model.image_names())
     number = torch.arange(size)
     host = Batch(texts=texts, image_id=number, caption_id=number, position=number, seen=seen)
     host = replace(host, targets=_synthetic_targets(model, size))
@@ -160,7 +160,8 @@ def plan_rows(model: Model, batch: Batch) -> Plan:
             modality: Modality = "image" if part == "vision" else "text"
             view = next(name for name, value in given.items() if value is args[0])
             number = batch.num_images if part == "vision" else batch.num_texts
-            by = users(lambda passes: view in views(one for one in passes if one.teacher == teacher)[modality])
+            asked = "clean" if view == AGAIN else view
+            by = users(lambda passes: asked in views(one for one in passes if one.teacher == teacher)[modality])
             found.append(
                 PlanRow("encode", _reads(Encode(modality, view, teacher=teacher)), number / batch.num_texts, by)
             )
@@ -190,6 +191,8 @@ def _reads(one: Pass) -> str:
     """Say what a pass reads."""
     if one.teacher:
         return f"{_reads(replace(one, teacher=False))}, by the teacher"
+    if isinstance(one, Embed) and one.tokens:
+        return f"{one.modality} {one.view}, token by token"
     if isinstance(one, Encode | Embed):
         return f"{one.modality} {one.view}"
     if isinstance(one, Decode):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from encoders.types import Modality
+from encoders.types import Batch, Modality
 from objectives.base import MAIN, Decode, Embed, Encode, Fuse, Pass, Results
 from vlp.embed import EmbedSpace
 
@@ -50,7 +51,22 @@ class Teacher(nn.Module):
             space.logit_scale = space.logit_bias = None  # the temperature is the student's business
         self.teacher = None
         self._bare = {"image": model.is_tower("image"), "text": model.is_tower("text")}
+        self.view = model.config.teacher_view
         self.requires_grad_(False)
+
+    def seen(self, batch: Batch) -> Batch:
+        """Return the batch as the teacher sees it, whose clean images may be others than the student's.
+
+        Raises:
+            ValueError: the batch has no such images.
+        """
+        if self.view == "clean" or not batch.images:
+            return batch
+        if self.view not in batch.images:
+            raise ValueError(
+                f"model.teacher_view {self.view}: the batch has no such images; it has {sorted(batch.images)}"
+            )
+        return replace(batch, images={**batch.images, "clean": batch.images[self.view]})
 
     def is_tower(self, modality: Modality) -> bool:
         """Whether the fusion is this modality's tower."""

@@ -63,3 +63,25 @@ def test_positions_of_each_image_need_bare_patches():
 def test_a_vit_that_takes_no_mask():
     encoder = PatchConfig(model="beit_base_patch16_224", image_size=32, width=32, depth=1, heads=4).build().eval()
     assert encoder(Images(PIXELS)).states.shape == (2, 5, 32)
+
+
+@pytest.mark.parametrize("settings", [{}, {"class_token": False}])
+def test_patch_dropout_in_training_alone(settings):
+    """FLIP: half of the 64 patches, others each time, and the class token always; all when it only reads."""
+    encoder = PatchConfig(**SMALL, patch_size=4, depth=2, patch_drop=0.5, **settings).build()
+    prefix, seen = encoder.num_prefix, []
+    encoder.vit.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    before = encoder.vit.patch_embed(encoder._normalised(PIXELS)) + encoder.vit.pos_embed[:, prefix:]
+    for _ in range(2):
+        found = encoder.train()(Images(PIXELS))
+        assert found.states.shape == (2, 32 + prefix, 32) and found.pooled.shape == (2, 32)
+    chosen = [torch.cdist(one[:, prefix:], before).argmin(2).sort(1).values for one in seen]
+    assert all(len(set(row.tolist())) == 32 for rows in chosen for row in rows)
+    assert not torch.equal(chosen[0][0], chosen[0][1]) and not torch.equal(chosen[0], chosen[1])
+    assert encoder.eval()(Images(PIXELS)).states.shape == (2, 64 + prefix, 32)
+
+
+def test_patch_dropout_does_not_mix_with_hidden_patches():
+    encoder = PatchConfig(**SMALL, patch_size=4, depth=2, patch_drop=0.5, mask_token=True).build()
+    with pytest.raises(ValueError, match="patch_drop"):
+        encoder(Images(PIXELS, masked=torch.zeros(2, 64, dtype=torch.bool)))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from encoders.types import AttentionKind, Batch, Images, Texts
-from objectives.base import Draw, View, ViewText
+from objectives.base import AGAIN, Draw, View, ViewText
 from vlp.data.tokenizer import Tokenizer
 
 _MULTIPLE = 8  # lengths are rounded up to it: few shapes for the compiler, and sizes that tensor cores like
@@ -39,6 +39,8 @@ class Example:
     """By name, what the task needs beside; stacked over the examples of the batch."""
     image_id: int | None = None
     """Equal ids mark the same image; None = the loader's own, see ``fetch.image_identity``."""
+    again: tuple[Tensor, ...] = ()
+    """The images with another augmentation, for the view "again"; none where nobody reads it."""
 
 
 def stable_hash(data: str | bytes) -> int:
@@ -179,7 +181,7 @@ def _image_of_text(numbers: Sequence[int], images: int) -> Tensor:
 
 
 def _images(examples: Sequence[Example]) -> dict[str, Images]:
-    """The view "clean" of all images, sample by sample."""
+    """The view "clean" of all images, sample by sample, and "again" where it is wanted."""
     first = examples[0]
     number = len(first.images)
     for example in examples:
@@ -197,7 +199,10 @@ def _images(examples: Sequence[Example]) -> dict[str, Images]:
                 f"data: an image of sample '{example.key}' is {tuple(wrong[0].shape)}, one of '{first.key}' is "
                 f"{tuple(pixels[0].shape)}; images of a batch need one size, use a transform that resizes to a square"
             )
-    return {"clean": Images(torch.stack([image.contiguous() for image in pixels]))}
+    found = {"clean": Images(torch.stack([image.contiguous() for image in pixels]))}
+    if again := [image.contiguous() for example in examples for image in example.again]:
+        found[AGAIN] = Images(torch.stack(again))
+    return found
 
 
 def _image_ids(examples: Sequence[Example]) -> Tensor:

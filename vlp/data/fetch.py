@@ -82,6 +82,8 @@ class Fetch(Dataset[Fetched]):
     config: DataConfig
     transform: TrainTransform
     seed: int
+    again: bool = False
+    """Whether the images come a second time, augmented anew."""
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -123,6 +125,8 @@ class Fetch(Dataset[Fetched]):
         said = [text for sample in samples for text in (*sample.texts, *_strings(sample.fields))]
         generator = self.draw.sample("augment", position)
         images = tuple(self.transform(image, generator, said) for image in samples[0].images)
+        generator = self.draw.sample("augment/again", position)
+        again = tuple(self.transform(image, generator, said) for image in samples[0].images) if self.again else ()
         examples: list[Example] = []
         for number, sample in enumerate(samples):
             if self.config.alternates is not None:
@@ -135,7 +139,7 @@ class Fetch(Dataset[Fetched]):
                 raise BadSample(sample.key, f"text is not Unicode: {error.reason}") from error
             if one.image_id is None and not examples:  # the first one's counts
                 one = replace(one, image_id=image_identity(raw, sample))
-            examples.append(one)
+            examples.append(replace(one, again=again))
         return examples
 
     def _read(self, position: int, index: int) -> tuple[RawSample, list[Sample]]:

@@ -120,6 +120,7 @@ class Loader:
         rank: This rank.
         world: Number of ranks.
         shuffle: Draw a new order every epoch, else read as stored.
+        again: Give also the view "again" of the images, augmented anew.
 
     Attributes:
         bad: Key and reason of every unusable sample that this rank met.
@@ -142,13 +143,14 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         shuffle: bool = True,
+        again: bool = False,
     ):
         if global_batch < world:
             raise ValueError(f"global_batch {global_batch} is less than the {world} ranks; raise it or use fewer ranks")
         assert micro_batches >= 1
         groups = None if config.group is None else group_samples(reader, config.group)
         train = TrainTransform(config.transform)
-        self._fetch = Fetch(reader, groups, prepare, tokenizer, views, config, train, seed)
+        self._fetch = Fetch(reader, groups, prepare, tokenizer, views, config, train, seed, again)
         self.order = Order(len(self._fetch), seed, shuffle)
         self.bad: dict[str, str] = {}
         self._config, self._micro_batches = config, micro_batches

@@ -50,13 +50,13 @@ def seed_dropout(draw: Draw) -> None:
 
 
 def whole_step_objectives(model: Model, batches: Sequence[Batch], names: Iterable[str] | None = None) -> list[str]:
-    """Return the objectives that compare all embeds of a step and read nothing else."""
+    """Return the objectives that compare all pooled embeds of a step and read nothing else."""
     active = [model.active(batch, names) for batch in batches]
     return [
         name
         for name, objective in active[0].items()
         if model.objective_configs[name].trains_embed
-        and all(isinstance(one, Embed) for one in objective.needs)
+        and all(isinstance(one, Embed) and not one.tokens for one in objective.needs)
         and all(name in others for others in active)
     ]
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from objectives.base import Objective
+from objectives.base import AGAIN, Objective
 from objectives.collectives import rank, sum_no_grad, world_size
 from vlp.config import Config
 from vlp.data.fetch import Prepare, pair_example
@@ -176,6 +176,7 @@ def open_loader(parts: Parts, prepare: Prepare) -> Loader:
         micro_batches=number,
         rank=rank(),
         world=world,
+        again=AGAIN in parts.model.image_names(),
     )
 
 

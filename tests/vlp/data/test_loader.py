@@ -401,3 +401,16 @@ def test_what_workers_get_pickles(tokenizer):
     slots = [(0, 5), (1, 6)]
     other = pickle.loads(pickle.dumps(loader._fetch))
     assert tensors(other[slots].batch) == tensors(loader._fetch[slots].batch)
+
+
+def test_images_come_again_with_another_augmentation(tokenizer):
+    """The view "again" is of the same images, drawn by position too, and changes nothing of the others."""
+    steps = [batch for batches in make(tokenizer).steps(0, 16) for batch in batches]
+    both = [batch for batches in make(tokenizer, again=True).steps(0, 16) for batch in batches]
+    other = [batch for batches in make(tokenizer, again=True, micro_batches=2).steps(0, 16) for batch in batches]
+    for alone, batch in zip(steps, both, strict=True):
+        assert "again" not in alone.images and tensors(alone) == tensors(batch)
+        clean, again = batch.images["clean"].pixels, batch.images["again"].pixels
+        assert again.shape == clean.shape and again.dtype == clean.dtype and not torch.equal(again, clean)
+    pixels = [torch.cat([batch.images["again"].pixels for batch in batches]) for batches in (both, other)]
+    assert torch.equal(*pixels)
