@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from encoders.types import Batch, Images, Texts, Tokens
 from objectives.answer import Answer
-from objectives.base import Embed, Encode, Fuse, Pass, ViewText
+from objectives.base import Draw, Embed, Encode, Fuse, Pass, ViewText
 from objectives.itm import Itm
 from objectives.lm import Lm
 from objectives.rank import Rank
@@ -30,6 +30,7 @@ from vlp.generate import GenerationConfig, generate_text, room_of, trim
 from vlp.generate_masked import generate_masked, masked_writer
 from vlp.model import Model
 from vlp.passes import memory_of
+from vlp.rank import rank_answers
 
 if TYPE_CHECKING:
     from vlp.checkpoint.load import LoadedConfig
@@ -114,8 +115,24 @@ class Loaded:
                 found.append(head.score(self._run([Fuse()], *part)[Fuse()].pooled).float().sigmoid())
         return _stack(found, 0)
 
-    def answer(self, images: Sequence[AnyImage], questions: Sequence[str], *, batch_size: int = 32) -> list[str]:
-        """Answer one question about each image: from the trained answer list, else written by the decoder."""
+    def answer(
+        self,
+        images: Sequence[AnyImage],
+        questions: Sequence[str],
+        answers: Sequence[str] | None = None,
+        *,
+        k: int = 128,
+        batch_size: int = 32,
+    ) -> list[str]:
+        """Answer one question about each image: from the trained answer list, else written by the decoder.
+
+        Args:
+            images: one a question.
+            questions: to answer.
+            answers: for a decoder: choose among these, as ALBEF and BLIP do, instead of writing freely.
+            k: of them, those whose first word is likeliest are scored as a whole.
+            batch_size: questions run at a time.
+        """
         self._need_fusion("answer questions")
         choose = next((one for one in self.model.objectives.values() if isinstance(one, Answer)), None)
         write = self._writer("fused")
@@ -124,16 +141,36 @@ class Loaded:
                 f"this checkpoint cannot answer questions ({self._objectives}); finetune it on questions: "
                 "objective answer, or objective lm with memory fused"
             )
+        if answers is not None and write is None:
+            raise ValueError(
+                "answers are for a checkpoint that writes them; this one was trained to choose from its own"
+            )
+        given = None if answers is None or write is None else self._written(write, _listed(answers, "answers"))
         found: list[str] = []
         for part in _pairs(images, questions, "questions", batch_size):
             with torch.inference_mode():
                 fused = self._run([Fuse()], *part)[Fuse()]
-                if choose is not None:
+                if choose is not None and answers is None:
                     found += [choose.config.answers[best] for best in choose.scores(fused.pooled).argmax(1).tolist()]
+                    continue
+                assert write is not None and self.model.decoder is not None
+                memory = memory_of(fused, self.model.decoder.config.memory)
+                if answers is None or given is None:
+                    found += self._write(write, memory, {})
                 else:
-                    assert write is not None and self.model.decoder is not None
-                    found += self._write(write, memory_of(fused, self.model.decoder.config.memory), {})
+                    best, _ = rank_answers(self.model, memory, given, min(k, len(answers)), objective=write)
+                    found += [answers[number] for number in best[:, 0].tolist()]
         return found
+
+    def _written(self, objective: str, texts: Sequence[str]) -> Texts:
+        """Texts as an objective of kind lm writes them, labels included."""
+        writer = self.model.objectives[objective]
+        assert isinstance(writer, Lm)
+        view, words, length = writer.views[writer.config.view], self.tokenizer, self.config.data.max_length
+        made = [view.make(*words.encode(text, length), words.vocabulary, Draw().sample("", 0)) for text in texts]
+        if not made:
+            raise ValueError("answers is empty; give at least one")
+        return _on(pad_texts(made, "causal", words.vocabulary.pad), self.device)
 
     def caption(self, images: Sequence[AnyImage], *, batch_size: int = 32, **generation: Any) -> list[str]:
         """Write a caption of each image; ``generation`` are fields of `GenerationConfig` (``method="beam"``)."""
@@ -298,3 +335,7 @@ def _stack(found: list[Tensor], width: int) -> Tensor:
     if not found:
         return torch.zeros((0, width) if width else 0)
     return torch.cat([rows.cpu() for rows in found])
+
+
+def _on(texts: Texts, device: torch.device) -> Texts:
+    return Batch(texts={"": texts}).to(device).texts[""]

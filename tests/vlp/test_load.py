@@ -119,6 +119,13 @@ def test_answers_are_written_where_there_is_no_list(tmp_path: Path, images: list
     written = vlp.load(save(tmp_path / "one", build_model(config, objectives, seed=5)))
     answers = written.answer(images, ["a dog", "a cat", "a car", "red"], batch_size=2)
     assert len(answers) == 4 and all(isinstance(answer, str) for answer in answers)
+    # Given answers are ranked instead: the same whatever else is asked, and the best of all where all are looked at.
+    given = ["a dog", "red", "a dog and a cat", "blue"]
+    questions = ["a dog", "a cat", "a car", "red"]
+    ranked = written.answer(images, questions, given, batch_size=3)
+    assert set(ranked) <= set(given)
+    assert ranked == [written.answer([i], [q], given)[0] for i, q in zip(images, questions, strict=True)]
+    assert written.answer(images, questions, given[1:2], k=1) == ["red"] * 4
     with pytest.raises(ValueError, match="cannot write captions"):
         written.caption(images)
 
