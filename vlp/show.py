@@ -29,7 +29,7 @@ from objectives.itm import Itm
 from objectives.mrm import Mrm
 from objectives.pair_attention import PairAttention
 from vlp.config import to_yaml
-from vlp.data.batch import pad_texts
+from vlp.data.batch import hide_patches, pad_texts
 from vlp.model import Model, build_model
 from vlp.parts import parameters_by_part
 from vlp.passes import Step, close, views
@@ -108,7 +108,8 @@ def synthetic_batch(model: Model, size: int, length: int, device: torch.device |
         return replace(host, images={name: regions if name == "masked" else shown for name in names}).to(device)
     side = model.vision.config.image_size
     pixels = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
-    return replace(host.to(device), images={name: Images(pixels) for name in names})
+    hidden = hide_patches(Images(pixels), model.image_views(), range(size), 1, draw)
+    return replace(host, images={name: hidden.get(name, Images(pixels)) for name in names}).to(device)
 
 
 def _synthetic_targets(model: Model, size: int) -> dict[str, Tensor]:

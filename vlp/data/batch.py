@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from encoders.types import AttentionKind, Batch, Images, Texts
-from objectives.base import AGAIN, Draw, View, ViewText
+from objectives.base import AGAIN, Draw, ImageView, View, ViewText
 from vlp.data.tokenizer import Tokenizer
 
 _MULTIPLE = 8  # lengths are rounded up to it: few shapes for the compiler, and sizes that tensor cores like
@@ -113,6 +113,7 @@ def collate(
     views: Mapping[str, View],
     max_length: int,
     seed: int,
+    image_views: Mapping[str, ImageView] | None = None,
 ) -> Batch:
     """Make a batch: the view "clean" of images and texts, and every other text view.
 
@@ -125,6 +126,7 @@ def collate(
         views: Text views besides "clean", by name.
         max_length: Most ids of a text.
         seed: Of the run.
+        image_views: Image views with hidden patches, by name.
 
     Returns:
         Batch with B = S * I images. ``image_of_text`` is None with one image and one text per sample, [T] where samples
@@ -148,6 +150,9 @@ def collate(
         texts[name] = pad_texts(made, view.attention, vocabulary.pad, max_length)
     samples = [example for example, number in zip(examples, numbers, strict=True) if number == 0]
     images, image_of_text = _images(samples), None
+    if images and image_views:
+        places = [place for place, number in zip(positions, numbers, strict=True) if number == 0]
+        images |= hide_patches(images["clean"], image_views, places, len(samples[0].images), draw)
     if images and (len(samples[0].images) > 1 or len(samples) < len(examples)):
         image_of_text = _image_of_text(numbers, len(samples[0].images))
     return Batch(
@@ -202,6 +207,22 @@ def _images(examples: Sequence[Example]) -> dict[str, Images]:
     found = {"clean": Images(torch.stack([image.contiguous() for image in pixels]))}
     if again := [image.contiguous() for example in examples for image in example.again]:
         found[AGAIN] = Images(torch.stack(again))
+    return found
+
+
+def hide_patches(
+    clean: Images, views: Mapping[str, ImageView], positions: Sequence[int], number: int, draw: Draw
+) -> dict[str, Images]:
+    """Return the views with hidden patches of ``number`` images at each position, drawn for each image."""
+    found = {}
+    for name, view in views.items():
+        masks = np.stack(
+            [view.make(draw.sample(numbered(f"image:{name}", i), place)) for place in positions for i in range(number)]
+        )
+        at = np.flatnonzero(masks)
+        padded = np.full(max(_round_up(len(at)), _MULTIPLE), -1, dtype=np.int64)
+        padded[: len(at)] = at
+        found[name] = Images(clean.pixels, masked=torch.from_numpy(masks), masked_at=torch.from_numpy(padded))
     return found
 
 

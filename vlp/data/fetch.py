@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from encoders.types import Batch
-from objectives.base import Draw, View
+from objectives.base import Draw, ImageView, View
 from vlp.data.batch import Example, collate, numbered, stable_hash
 from vlp.data.group import Groups, without_images
 from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
@@ -84,6 +84,8 @@ class Fetch(Dataset[Fetched]):
     seed: int
     again: bool = False
     """Whether the images come a second time, augmented anew."""
+    image_views: Mapping[str, ImageView] = field(default_factory=dict)
+    """Image views with hidden patches."""
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -99,7 +101,8 @@ class Fetch(Dataset[Fetched]):
         try:
             found = [(position, each) for position, index in slots for each in self._examples(position, index, bad)]
             positions, examples = [position for position, _ in found], [each for _, each in found]
-            batch = collate(examples, positions, self.tokenizer, self.views, self.config.max_length, self.seed)
+            length = self.config.max_length
+            batch = collate(examples, positions, self.tokenizer, self.views, length, self.seed, self.image_views)
             return Fetched(batch, tuple(bad), None)
         except ValueError as error:
             plain = ValueError(str(error))  # subclasses may not pickle

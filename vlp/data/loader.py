@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from encoders.types import Batch
-from objectives.base import View
+from objectives.base import ImageView, View
 from vlp.config import Config
 from vlp.data.fetch import Fetch, Fetched, Prepare, Slot
 from vlp.data.group import group_samples
@@ -121,6 +121,7 @@ class Loader:
         world: Number of ranks.
         shuffle: Draw a new order every epoch, else read as stored.
         again: Give also the view "again" of the images, augmented anew.
+        image_views: Image views with hidden patches, by name (``Model.image_views()``).
 
     Attributes:
         bad: Key and reason of every unusable sample that this rank met.
@@ -144,13 +145,14 @@ class Loader:
         world: int = 1,
         shuffle: bool = True,
         again: bool = False,
+        image_views: Mapping[str, ImageView] | None = None,
     ):
         if global_batch < world:
             raise ValueError(f"global_batch {global_batch} is less than the {world} ranks; raise it or use fewer ranks")
         assert micro_batches >= 1
         groups = None if config.group is None else group_samples(reader, config.group)
         train = TrainTransform(config.transform)
-        self._fetch = Fetch(reader, groups, prepare, tokenizer, views, config, train, seed, again)
+        self._fetch = Fetch(reader, groups, prepare, tokenizer, views, config, train, seed, again, image_views or {})
         self.order = Order(len(self._fetch), seed, shuffle)
         self.bad: dict[str, str] = {}
         self._config, self._micro_batches = config, micro_batches

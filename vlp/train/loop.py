@@ -177,6 +177,7 @@ def open_loader(parts: Parts, prepare: Prepare) -> Loader:
         rank=rank(),
         world=world,
         again=AGAIN in parts.model.image_names(),
+        image_views=parts.model.image_views(),
     )
 
 
