@@ -12,7 +12,7 @@ from torch import Tensor
 from encoders.types import Batch, Images, Texts, Tokens, Vocabulary
 from objectives.base import Decode, Embed, Encode, Fuse
 from objectives.itc import similarities
-from objectives.lm import text_losses
+from objectives.lm import Lm
 from scripts.goldens.base import Adapter, Case, Output, Ran
 from vlp.generate import GenerationConfig, generate_text
 from vlp.loaded import Loaded
@@ -89,7 +89,7 @@ def generated(name: str, memory: Callable[[Ran], Tokens], prompt: Tensor | None 
 
 def _captions(case: Case) -> Mapping[str, Output]:
     prompt = torch.cat([torch.tensor([_bos(case)]), case.inputs["prompt_ids"][1:-1]])[None]
-    given = {"prompt": prompt, "max_length": 14, "min_length": 6, "score_length": "all"}
+    given: dict[str, Any] = {"prompt": prompt, "max_length": 14, "min_length": 6, "score_length": "all"}
 
     def write(name: str, **settings: Any) -> Output:
         return generated(name, lambda ran: ran[IMAGE], **given, **settings)
@@ -135,11 +135,13 @@ def _pooled(ran: Ran) -> Tensor:
     return torch.cat([ran[one].pooled for one in (Fuse(), FALSE) if one in ran.results])
 
 
-def _answers(case: Case) -> Mapping[str, Output]:
-    def losses(ran: Ran) -> Tensor:
-        lm = ran.model.objectives["lm"]
-        return text_losses(lm.head, ran[ANSWERED].states, ran.batch.texts[ANSWERS], lm.config.label_smoothing)
+def _text_losses(ran: Ran) -> Tensor:
+    writer = ran.model.objectives["lm"]
+    assert isinstance(writer, Lm)
+    return writer.losses(ran.results, ran.batch)
 
+
+def _answers(case: Case) -> Mapping[str, Output]:
     def question(ran: Ran) -> Tokens:
         return ran[Fuse()].text
 
@@ -153,7 +155,7 @@ def _answers(case: Case) -> Mapping[str, Output]:
         "image_embeds": lambda ran: ran[IMAGE].states,
         "question_states": lambda ran: question(ran).states,
         "answer_logits": lambda ran: ran.head("lm", ran[ANSWERED].states),
-        "answer_loss": losses,
+        "answer_loss": _text_losses,
         "loss": lambda ran: ran.loss("lm"),
         "rank_max_ids": rank,
         "generate_beam3": generated("generate_beam3", lambda ran: replace(question(ran), keep=None), **settings),
