@@ -29,11 +29,11 @@ def _images(given: Mapping[str, Tensor]) -> dict[str, Images]:
     return {"clean": Images(pixels), "masked": Images(pixels, masked=hidden.flatten(1), targets=targets)}
 
 
-def _texts(given: Mapping[str, Tensor]) -> dict[str, Texts]:
+def _texts(given: Mapping[str, Tensor], pad: int = 0) -> dict[str, Texts]:
     ids = given.get("input_ids", given.get("text"))
     if ids is None:
         return {}
-    keep = given["attention_mask"].bool() if "attention_mask" in given else ids != 0
+    keep = given["attention_mask"].bool() if "attention_mask" in given else ids != pad
     texts = {"clean": Texts(ids, keep)}
     masked = given.get("input_ids_masked", given.get("text_masked"))
     if masked is not None:
@@ -45,7 +45,7 @@ def _texts(given: Mapping[str, Tensor]) -> dict[str, Texts]:
 def _batch(case: Case, loaded: Loaded) -> Batch:
     given = case.inputs
     targets = {"match": given["itm_labels"]} if "itm_labels" in given else {}
-    return Batch(_images(given), _texts(given), targets=targets)
+    return Batch(_images(given), _texts(given, case.config.get("pad_token_id", 0)), targets=targets)
 
 
 def _true(ran: Ran) -> Tensor:

@@ -53,7 +53,7 @@ def _vision(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
             "layout": "cascaded" if cascaded else "split",
             "number": number,
             "width": out,
-            "heads": tmm_parts.argument(config, "pooler_n_head", default=8),
+            "heads": tmm_parts.argument(config, "pooler_n_head", "n_head", "num_heads", "heads", default=8),
             "eps": tmm_parts.argument(config, "pooler_layer_norm_eps", default=_EPS),
         },
     }

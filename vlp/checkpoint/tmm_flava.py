@@ -34,8 +34,7 @@ def _trained(names: Mapping[str, Any]) -> bool:
 
 
 def _stack(shapes: Shapes, config: Mapping[str, Any], part: str, name: str) -> dict[str, Any]:
-    heads = (f"{name}_num_attention_heads", "num_attention_heads", "n_head")
-    found = tmm_parts.stack(shapes, f"{part}_encoder.encoder.", config, heads)
+    found = tmm_parts.stack(shapes, f"{part}_encoder.encoder.", config, (f"{name}_num_attention_heads",))
     return found | {"activation": "gelu", "eps": tmm_parts.argument(config, f"{name}_layer_norm_eps", default=_EPS)}
 
 

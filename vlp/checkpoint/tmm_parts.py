@@ -72,5 +72,5 @@ def stack(shapes: Shapes, theirs: str, config: Mapping[str, Any], heads: tuple[s
     """Return layers, heads and hidden width of a stack; ``heads`` are the arguments that may state them."""
     numbers = [int(m[1]) for name in shapes if (m := re.match(re.escape(theirs) + r"layer\.(\d+)\.", name))]
     hidden, width = shapes[theirs + "layer.0.feedforward.model.0.weight"]
-    found = argument(config, *heads)
+    found = argument(config, *heads, "num_attention_heads", "n_head", "num_heads", "heads")
     return {"layers": max(numbers) + 1, "heads": found or max(1, width // HEAD_WIDTH), "hidden": hidden}
