@@ -173,9 +173,13 @@ class Mrm(Objective):
         self.head = RegionHead(config, width, spec)
         self.fused = Fuse("masked", config.text)
         self.needs = frozenset({self.fused})
-        self.image_views = {
-            "masked": MaskedRegions(config.mask_probability, config.hidden, config.replaced, config.overlap)
-        }
+        self.view = MaskedRegions(config.mask_probability, config.hidden, config.replaced, config.overlap)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Entries of ``Regions.targets`` that it reads where the data have them."""
+        scores = [f"{name}_scores" for name in self.config.targets] if self.config.mean == "all" else []
+        return (*self.config.targets, *scores)
 
     def count(self, batch: Batch) -> Tensor:
         regions = _regions(batch)

@@ -62,6 +62,11 @@ def settle(run: R) -> R:
         )
     if isinstance(run.model.vision, RegionConfig):
         return run
+    if run.data.whole_region:
+        raise ValueError(
+            f"data.whole_region is for a detector's regions, but model.vision.kind is {run.model.vision.kind}; "
+            "leave it out, or use kind region"
+        )
     side, wanted = run.model.vision.image_size, run.data.transform.image_size
     if wanted is not None and wanted != side:
         raise ValueError(

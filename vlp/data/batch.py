@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from encoders.types import AttentionKind, Batch, Images, Texts
+from encoders.types import AttentionKind, Batch, Images, Regions, Texts
 from objectives.base import AGAIN, Draw, ImageView, View, ViewText
+from vlp.data.pairing import encode_segments
+from vlp.data.regions import RegionArrays, RegionLayout, region_views
 from vlp.data.tokenizer import Tokenizer
 
 _MULTIPLE = 8  # lengths are rounded up to it: few shapes for the compiler, and sizes that tensor cores like
@@ -35,6 +37,10 @@ class Example:
     """Text of the view "clean" and of every other view that ``other_texts`` does not name."""
     other_texts: Mapping[str, str] = field(default_factory=dict)
     """By view, text of views that are made of something else, as "lm:answer"; views that no objective has are left."""
+    second: str | None = None
+    """What follows the text as its second segment."""
+    regions: RegionArrays | None = None
+    """What a detector saw of the image, in place of it."""
     targets: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     """By name, what the task needs beside; stacked over the examples of the batch."""
     image_id: int | None = None
@@ -114,6 +120,7 @@ def collate(
     max_length: int,
     seed: int,
     image_views: Mapping[str, ImageView] | None = None,
+    regions: RegionLayout | None = None,
 ) -> Batch:
     """Make a batch: the view "clean" of images and texts, and every other text view.
 
@@ -127,6 +134,7 @@ def collate(
         max_length: Most ids of a text.
         seed: Of the run.
         image_views: Image views with hidden patches, by name.
+        regions: What is read of the regions that the examples have in place of images.
 
     Returns:
         Batch with B = S * I images. ``image_of_text`` is None with one image and one text per sample, [T] where samples
@@ -136,7 +144,8 @@ def collate(
         ValueError: If images differ in size or examples in their number of images.
     """
     assert examples and len(examples) == len(positions) and "clean" not in views
-    encoded = [tokenizer.encode(example.text, max_length) for example in examples]
+    joined = [_encode(example, tokenizer, max_length) for example in examples]
+    encoded, segments = [one[:2] for one in joined], [one[2] for one in joined]
     vocabulary, draw = tokenizer.vocabulary, Draw(seed)
     texts = {"clean": pad_texts([ViewText(ids) for ids, _ in encoded], "full", vocabulary.pad, max_length)}
     numbers = text_numbers(positions)
@@ -148,13 +157,12 @@ def collate(
             )
             made.append(view.make(ids, starts, vocabulary, draw.sample(numbered(name, number), position)))
         texts[name] = pad_texts(made, view.attention, vocabulary.pad, max_length)
+    texts = {name: with_segments(text, segments, name) for name, text in texts.items()}
     samples = [example for example, number in zip(examples, numbers, strict=True) if number == 0]
-    images, image_of_text = _images(samples), None
-    if images and image_views:
-        places = [place for place, number in zip(positions, numbers, strict=True) if number == 0]
-        images |= hide_patches(images["clean"], image_views, places, len(samples[0].images), draw)
+    places = [place for place, number in zip(positions, numbers, strict=True) if number == 0]
+    images, image_of_text = _visions(samples, places, image_views or {}, regions, draw), None
     if images and (len(samples[0].images) > 1 or len(samples) < len(examples)):
-        image_of_text = _image_of_text(numbers, len(samples[0].images))
+        image_of_text = _image_of_text(numbers, max(1, len(samples[0].images)))
     return Batch(
         images=images,
         texts=texts,
@@ -164,6 +172,36 @@ def collate(
         caption_id=torch.tensor([caption_hash(example.text) for example in examples], dtype=torch.int64),
         position=torch.tensor([p for p, number in zip(positions, numbers, strict=True) if number == 0]),
     )
+
+
+def _encode(
+    example: Example, tokenizer: Tokenizer, max_length: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.int64] | None]:
+    """Ids of an example's text, where words begin, and, where it has two segments, these."""
+    if example.second is None:
+        return (*tokenizer.encode(example.text, max_length), None)
+    return encode_segments(tokenizer, example.text, example.second, max_length)
+
+
+def with_segments(texts: Texts, segments: Sequence[npt.NDArray[np.int64] | None], name: str) -> Texts:
+    """Give the texts of the view ``name`` their segments [L] each, where they have any.
+
+    Raises:
+        ValueError: the view has made texts of other lengths.
+    """
+    if all(each is None for each in segments):
+        return texts
+    found = np.zeros(tuple(texts.ids.shape), dtype=np.int64)
+    for row, each in enumerate(segments):
+        if each is None:
+            continue
+        if len(each) != texts.keep[row].sum():
+            raise ValueError(
+                f"data.pairing.second makes texts of two segments, which the text view {name!r} does not keep; "
+                "leave it out, or remove the objective that writes texts"
+            )
+        found[row, : len(each)] = each
+    return replace(texts, segments=torch.from_numpy(found))
 
 
 def text_numbers(positions: Sequence[int]) -> list[int]:
@@ -183,6 +221,22 @@ def _image_of_text(numbers: Sequence[int], images: int) -> Tensor:
     """Index of each text's image, [T], or of its I images, [T, I]; ``numbers`` count the texts of each sample."""
     sample = torch.tensor(numbers).eq(0).cumsum(0) - 1  # [T]
     return sample if images == 1 else sample[:, None] * images + torch.arange(images)
+
+
+def _visions(
+    samples: Sequence[Example],
+    positions: Sequence[int],
+    views: Mapping[str, ImageView],
+    layout: RegionLayout | None,
+    draw: Draw,
+) -> Mapping[str, Images | Regions]:
+    """The views of all images, or of what a detector saw of them."""
+    if layout is not None:
+        return region_views([one.regions for one in samples if one.regions is not None], positions, layout, draw)
+    images = _images(samples)
+    if images and views:
+        images |= hide_patches(images["clean"], views, positions, len(samples[0].images), draw)
+    return images
 
 
 def _images(examples: Sequence[Example]) -> dict[str, Images]:
@@ -231,7 +285,7 @@ def _image_ids(examples: Sequence[Example]) -> Tensor:
     ids = []
     for example in examples:
         own = stable_hash(example.key) if example.image_id is None else example.image_id
-        ids += [own] if len(example.images) == 1 else [stable_hash(f"{own}/{i}") for i in range(len(example.images))]
+        ids += [own] if len(example.images) <= 1 else [stable_hash(f"{own}/{i}") for i in range(len(example.images))]
     return torch.tensor(ids, dtype=torch.int64)
 
 

@@ -17,7 +17,9 @@ from encoders.types import Batch
 from objectives.base import Draw, ImageView, View
 from vlp.data.batch import Example, collate, numbered, stable_hash
 from vlp.data.group import Groups, without_images
+from vlp.data.pairing import pair
 from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
+from vlp.data.regions import RegionArrays, RegionLayout, read_regions
 from vlp.data.tokenizer import Tokenizer
 from vlp.data.transforms import TrainTransform
 
@@ -86,6 +88,8 @@ class Fetch(Dataset[Fetched]):
     """Whether the images come a second time, augmented anew."""
     image_views: Mapping[str, ImageView] = field(default_factory=dict)
     """Image views with hidden patches."""
+    regions: RegionLayout | None = None
+    """What is read of a detector's regions, in place of images; None: images."""
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -101,8 +105,8 @@ class Fetch(Dataset[Fetched]):
         try:
             found = [(position, each) for position, index in slots for each in self._examples(position, index, bad)]
             positions, examples = [position for position, _ in found], [each for _, each in found]
-            length = self.config.max_length
-            batch = collate(examples, positions, self.tokenizer, self.views, length, self.seed, self.image_views)
+            length, more = self.config.max_length, (self.image_views, self.regions)
+            batch = collate(examples, positions, self.tokenizer, self.views, length, self.seed, *more)
             return Fetched(batch, tuple(bad), None)
         except ValueError as error:
             plain = ValueError(str(error))  # subclasses may not pickle
@@ -130,13 +134,15 @@ class Fetch(Dataset[Fetched]):
         images = tuple(self.transform(image, generator, said) for image in samples[0].images)
         generator = self.draw.sample("augment/again", position)
         again = tuple(self.transform(image, generator, said) for image in samples[0].images) if self.again else ()
+        regions = self._regions(samples[0], position, index)
         examples: list[Example] = []
         for number, sample in enumerate(samples):
             if self.config.alternates is not None:
                 sample = self._alternate(sample, self.config.alternates, position, number)
             one = self.prepare(replace(sample, images=images), self.draw.sample(numbered("example", number), position))
+            one = self._paired(replace(one, regions=regions), sample, position, number, index)
             try:
-                for text in (one.text, *one.other_texts.values()):
+                for text in (one.text, one.second or "", *one.other_texts.values()):
                     text.encode()
             except UnicodeEncodeError as error:
                 raise BadSample(sample.key, f"text is not Unicode: {error.reason}") from error
@@ -153,9 +159,12 @@ class Fetch(Dataset[Fetched]):
         raws = [self.reader[i] for i in indices]
         # Whether a text is needed, and which, is for `prepare` to say.
         config = self.config
-        samples = [decode_sample(raws[0], image=config.image, text=config.text, need_text=False)]
+        if self.regions is None:
+            samples = [decode_sample(raws[0], image=config.image, text=config.text, need_text=False)]
+        else:
+            samples = [self._without_image(raws[0])]
         for raw in raws[1:]:
-            samples.append(decode_sample(without_images(raw), text=config.text, need_image=False, need_text=False))
+            samples.append(self._without_image(raw))
         if number == 1:
             return raws[0], samples
         if len(samples[0].images) > 1:
@@ -167,6 +176,34 @@ class Fetch(Dataset[Fetched]):
             captions = [replace(samples[0], texts=(each,)) for each in samples[0].texts]
             samples = _some_of(captions, number, generator) or samples
         return raws[0], [samples[i % len(samples)] for i in range(number)]
+
+    def _without_image(self, raw: RawSample) -> Sample:
+        return decode_sample(without_images(raw), text=self.config.text, need_image=False, need_text=False)
+
+    def _other(self, position: int, index: int) -> Sample:
+        """Another sample than ``index``, the same one for all that ask at a position; no image is decoded."""
+        if len(self) < 2:
+            raise ValueError("data: there is one sample, but others are needed to make pairs false; give more data")
+        found = int(self.draw.sample("other", position).integers(len(self) - 1))
+        found += found >= index
+        return self._without_image(self.reader[found if self.groups is None else int(self.groups[found][0])])
+
+    def _regions(self, sample: Sample, position: int, index: int) -> RegionArrays | None:
+        """What a detector saw of the sample's image, and of another one's where a view shows such regions."""
+        if self.regions is None:
+            return None
+        found = read_regions(sample.key, sample.fields, self.regions)
+        if not self.regions.replaces:
+            return found
+        other = self._other(position, index)
+        return replace(found, other=read_regions(other.key, other.fields, self.regions).features)
+
+    def _paired(self, example: Example, sample: Sample, position: int, number: int, index: int) -> Example:
+        """The example with its second segment, made false for its share of the positions."""
+        if self.config.pairing is None:
+            return example
+        generator = self.draw.sample(numbered("pairing", number), position)
+        return pair(self.config.pairing, example, sample, lambda: self._other(position, index), generator)
 
     def _alternate(self, sample: Sample, field: str, position: int, number: int) -> Sample:
         """The sample with one of its other texts in place of its own, for a share of the positions."""

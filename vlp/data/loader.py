@@ -25,7 +25,9 @@ from vlp.config import Config
 from vlp.data.fetch import Fetch, Fetched, Prepare, Slot
 from vlp.data.group import group_samples
 from vlp.data.order import Order, batch_positions, rank_slice
+from vlp.data.pairing import PairingConfig
 from vlp.data.reader import Reader
+from vlp.data.regions import RegionLayout
 from vlp.data.tokenizer import Tokenizer, TokenizerConfig
 from vlp.data.transforms import ImageTransformConfig, TrainTransform
 
@@ -58,6 +60,10 @@ class DataConfig(Config):
     texts_per_image: int = Field(default=1, ge=1)
     """Texts that come with each training image, which is encoded once for all: other captions of its sample, or the
     texts of its group; where there are fewer they repeat. Samples, batch sizes and durations then count images."""
+    pairing: PairingConfig | None = None
+    """Texts of two segments, and pairs that are made false on purpose; none = each text is its image's caption."""
+    whole_region: bool = False
+    """Of a detector's regions: the whole image is one more, the first, with the mean of their features (ViLBERT)."""
     group: str | None = None
     """Field by which training samples show the same image (image_id); they count as one, with several texts."""
     hash: str | None = None
@@ -122,6 +128,7 @@ class Loader:
         shuffle: Draw a new order every epoch, else read as stored.
         again: Give also the view "again" of the images, augmented anew.
         image_views: Image views with hidden patches, by name (``Model.image_views()``).
+        regions: What is read of a detector's regions, in place of images; None: images are read.
 
     Attributes:
         bad: Key and reason of every unusable sample that this rank met.
@@ -146,13 +153,15 @@ class Loader:
         shuffle: bool = True,
         again: bool = False,
         image_views: Mapping[str, ImageView] | None = None,
+        regions: RegionLayout | None = None,
     ):
         if global_batch < world:
             raise ValueError(f"global_batch {global_batch} is less than the {world} ranks; raise it or use fewer ranks")
         assert micro_batches >= 1
         groups = None if config.group is None else group_samples(reader, config.group)
         train = TrainTransform(config.transform)
-        self._fetch = Fetch(reader, groups, prepare, tokenizer, views, config, train, seed, again, image_views or {})
+        more = (again, image_views or {}, regions)
+        self._fetch = Fetch(reader, groups, prepare, tokenizer, views, config, train, seed, *more)
         self.order = Order(len(self._fetch), seed, shuffle)
         self.bad: dict[str, str] = {}
         self._config, self._micro_batches = config, micro_batches

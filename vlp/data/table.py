@@ -43,8 +43,10 @@ IMAGE_COLUMNS = (
     "path",
     "img",
     "image_file",
+    "features",
+    "regions",
 )
-"""Column names that are taken for the image if none is named, best first."""
+"""Column names that are taken for the image, or for a detector's arrays (.npz), if none is named, best first."""
 
 
 class _Rows(Protocol):
@@ -261,7 +263,8 @@ class TableReader:
         if not cell or not isinstance(cell, str):
             raise BadSample(key, f"no image path in column '{column}' of '{self.name}'")
         try:
-            return [(_extension(cell), (self._root / cell).read_bytes())]
+            extension = "npz" if cell.lower().endswith(".npz") else _extension(cell)
+            return [(extension, (self._root / cell).read_bytes())]
         except (OSError, ValueError) as error:
             raise BadSample(key, f"cannot read image '{cell}': {error}") from error
 

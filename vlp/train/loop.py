@@ -16,11 +16,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from encoders.region import RegionEncoder
 from objectives.base import AGAIN, Objective
 from objectives.collectives import rank, sum_no_grad, world_size
+from objectives.mrm import Mrm
 from vlp.config import Config
 from vlp.data.fetch import Prepare, pair_example
 from vlp.data.loader import Loader
+from vlp.data.regions import NAMES, RegionLayout
+from vlp.model import Model
 from vlp.train.health import Watch, chance_levels
 from vlp.train.log import RunLog
 from vlp.train.optim import OptimConfig, freeze_parts
@@ -178,7 +182,28 @@ def open_loader(parts: Parts, prepare: Prepare) -> Loader:
         world=world,
         again=AGAIN in parts.model.image_names(),
         image_views=parts.model.image_views(),
+        regions=region_layout(parts.model, parts.run.data.whole_region),
     )
+
+
+def region_layout(model: Model, whole: bool) -> RegionLayout | None:
+    """Return what a model reads of a detector's regions; None if it reads pixels.
+
+    Raises:
+        ValueError: two objectives hide regions in different ways.
+    """
+    if not isinstance(model.vision, RegionEncoder):
+        return None
+    config, predicting = model.vision.config, [one for one in model.objectives.values() if isinstance(one, Mrm)]
+    if len(found := {one.view for one in predicting}) > 1:
+        raise ValueError(
+            f"objectives {[one.name for one in predicting]} hide regions in different ways; give them the same "
+            "mask_probability, hidden, replaced and overlap"
+        )
+    hide = next(iter(found), None)
+    targets = dict.fromkeys(name for one in predicting for name in one.reads if name in NAMES and name != "features")
+    views = {name: hide if name == "masked" else None for name in sorted(model.image_names() - {"clean"})}
+    return RegionLayout(config.boxes, config.number, whole, tuple(targets), views)
 
 
 def watch_over(parts: Parts) -> Watch:
