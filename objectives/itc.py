@@ -130,8 +130,8 @@ class Itc(Objective):
         image_target, text_target = evenly(by_image, smoothing), evenly(by_text, smoothing)
         if mix := self.config.share(batch.seen):
             with torch.no_grad():
-                image_target = image_target.lerp(similarities(seen_image, all_text, scale).softmax(1), mix)
-                text_target = text_target.lerp(similarities(seen_text, all_image, scale).softmax(1), mix)
+                image_target = believed(image_target, similarities(seen_image, all_text, scale), mix)
+                text_target = believed(text_target, similarities(seen_text, all_image, scale), mix)
         image_weight, text_weight = self._weights(batch) if self.config.matched else (None, None)
         by_text_loss = contrastive(text_logits, text_target, text_weight)
         loss = (contrastive(image_logits, image_target, image_weight) + share * by_text_loss) / 2
@@ -162,6 +162,11 @@ def evenly(true: Tensor, smoothing: float = 0.0) -> Tensor:
     target = true.float()
     target = target / target.sum(1, keepdim=True).clamp(min=1)
     return target if smoothing == 0 else target * (1 - smoothing) + smoothing / target.shape[1]
+
+
+def believed(target: Tensor, logits: Tensor, share: float) -> Tensor:
+    """Return the target [R, C] of which ``share`` is what the teacher's ``logits`` [R, C] say."""
+    return target.to(logits.dtype).lerp(logits.softmax(1), share)
 
 
 def contrastive(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:

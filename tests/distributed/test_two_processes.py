@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from helpers import exact_losses, split_batch, tiny_batch, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
+from objectives import ItcConfig, ItmConfig, MlmConfig
 from vlp.train.optim import OptimConfig
 from vlp.train.step import NonFiniteError, TrainStep
 
@@ -18,11 +19,13 @@ IDS = [0, 1, 2, 3, 0, 4, 5, 2]  # equal captions in different ranks' batches
 EVEN, UNEVEN = (4, 4), (4, 3)
 # A large epsilon: Adam would else blow up the rounding of gradients near zero.
 CONFIG = OptimConfig(lr=1e-3, eps=1e-2, clip_norm=None)
+TAUGHT = {"itc": ItcConfig(queue=12, distill=0.4, distill_ramp=12), "itm": ItmConfig(), "mlm": MlmConfig(distill=0.4)}
 CASES = {
     "cross": ("dual_stream", ("itc", "itm", "mlm", "lm")),
     "single_stream": ("single_stream", ("itc", "itm", "mlm")),
     "none": ("none", ("itc",)),
     "sigmoid": ("none", ("sigmoid",)),
+    "teacher": ("dual_stream", TAUGHT),
 }
 STEPS = (EVEN, EVEN, UNEVEN)
 
