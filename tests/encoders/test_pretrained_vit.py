@@ -71,7 +71,7 @@ def test_single_stream_from_a_vit_computes_the_vit(published):
     config = SingleStreamConfig(
         width=32, layers=3, heads=4, norm="pre", eps=1e-6, modality_embedding=False, init=f"timm:{source}"
     )
-    fusion = config.build(32, 32, pooled=False).eval()
+    fusion = config.build(32, 32, frozenset()).eval()
     fusion.load_pretrained()
     with torch.no_grad():
         tokens: Tokens = vision(Images(pixels()))

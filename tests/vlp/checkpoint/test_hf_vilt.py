@@ -203,7 +203,7 @@ def test_out(tmp_path: Path, name: str) -> None:
     """What came in goes out, and gives transformers what it gave before."""
     model = build(name, SIZES[0], 5)
     model.save_pretrained(tmp_path / "theirs")
-    left = convert(vlp.load(tmp_path / "theirs"), tmp_path / "ours", "transformers")
+    left = convert(vlp.load(tmp_path / "theirs"), tmp_path / "ours", "hf")
     again, told = CLASSES[name].from_pretrained(tmp_path / "ours", output_loading_info=True)
     unread = {"vilt.pooler.dense.weight", "vilt.pooler.dense.bias"} if name == "hf_vilt_mlm" else set()
     assert set(told["missing_keys"]) == unread and not told["unexpected_keys"] and not left
@@ -218,7 +218,7 @@ def test_out(tmp_path: Path, name: str) -> None:
 def test_out_of_the_authors(tmp_path: Path) -> None:
     """Pretraining has two heads, of which transformers' class holds one; its words are its own."""
     loaded = vlp.load(GOLDENS / "vilt_infer" / "model.ckpt", config={"num_heads": 4})
-    left = convert(loaded, tmp_path / "ours", "transformers")
+    left = convert(loaded, tmp_path / "ours", "hf")
     assert {name.split(".")[1] for name in left} == {"itm"}
     again = ViltForMaskedLM.from_pretrained(tmp_path / "ours").eval()
     assert again.config.layer_norm_eps == 1e-6
@@ -241,4 +241,4 @@ def test_what_has_no_such_form(tmp_path: Path) -> None:
         GOLDENS / "meter_infer" / "model.ckpt", config={"num_heads": 4, "vision_heads": 4, "text_heads": 4}
     )
     with pytest.raises(ValueError, match="hf_vilt: it is a single_stream with pooler tanh"):
-        convert(loaded, tmp_path / "out", "transformers")
+        convert(loaded, tmp_path / "out", "hf")
