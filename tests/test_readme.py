@@ -99,6 +99,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [json.dumps(one) + "\n" for one in questions]
     (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
     (folder / "questions_val.jsonl").write_text("".join(lines[:20]), encoding="utf-8")
+    shutil.copytree(ROOT / "tests" / "goldens" / "hf_clip", folder / "clip-folder")
     for block in PAGE:
         if block.language == "yaml":
             (folder / block.name).write_text(block.text, encoding="utf-8")
@@ -230,3 +231,12 @@ def test_contributions_are_one_file_and_one_line(place: Path, tmp_path: Path) ->
     assert losses["match/loss"] > 0 and losses["mlm/loss"] > 0
     scores = json.loads((place / "runs/foils/result.json").read_text())
     assert 0 <= scores["metrics"]["accuracy"] <= 1 and "bag" in (place / "runs/mixed/config.yaml").read_text()
+
+
+def test_every_family_is_in_the_table() -> None:
+    """The table is written by scripts/family_table.py; a family that it lacks makes it out of date."""
+    from vlp.checkpoint.families import FAMILIES
+
+    table = README.partition("<!-- families:begin -->\n")[2].partition("<!-- families:end -->")[0]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
+    assert rows == [family.name for family in FAMILIES]

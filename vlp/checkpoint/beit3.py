@@ -159,4 +159,4 @@ def _rename(state: State) -> Renamed:
     return rename_by([*_RULES, Rule(r"mlm_head\.(.+)", rf"objectives.{objective}.head.\1")], state)
 
 
-FAMILY = Family("BEiT-3", _recognise, _recipe, _rename)
+FAMILY = Family("beit3", _recognise, _recipe, _rename)

@@ -158,4 +158,4 @@ def _rename(state: State) -> Renamed:
     return rename_read(_NAMES, state, _IGNORED | heads_left_out(state, last_image_layer(state)))
 
 
-FAMILY = Family("METER", _recognise, _recipe, _rename)
+FAMILY = Family("meter", _recognise, _recipe, _rename)

@@ -181,4 +181,4 @@ def rename(state: State) -> Renamed:
     return rename_pairs((*_table(albef, ""), *_table(albef, "_m"), *_ALONE), state)
 
 
-FAMILY = Family("torchmultimodal albef", recognise, recipe, rename)
+FAMILY = Family("tmm_albef", recognise, recipe, rename)

@@ -199,4 +199,4 @@ def _rename(state: State) -> Renamed:
     return rename_read(_NAMES, state, _IGNORED | heads_left_out(state, r"pooler\..+"))
 
 
-FAMILY = Family("ViLT", _recognise, _recipe, _rename)
+FAMILY = Family("vilt", _recognise, _recipe, _rename)

@@ -203,4 +203,4 @@ def _rename(state: State) -> Renamed:
     return rename_by(rules, state)
 
 
-FAMILY = Family("VLMo", _recognise, _recipe, _rename)
+FAMILY = Family("vlmo", _recognise, _recipe, _rename)
