@@ -28,6 +28,7 @@ from vlp.model import Model
 from vlp.train.health import Watch, chance_levels
 from vlp.train.log import RunLog
 from vlp.train.optim import OptimConfig, freeze_parts
+from vlp.train.sample import check_sample, sampled
 from vlp.train.state import TrainState, write_config
 from vlp.train.step import NonFiniteError, Precision, StepReport, TrainStep
 
@@ -52,6 +53,9 @@ class TrainConfig(Config):
     """`auto`: bf16 autocast on CUDA, fp32 elsewhere."""
     compile: bool = False
     """torch.compile the encoders and the fusion (GPU)."""
+    sample: dict[str, float] = Field(default_factory=dict)
+    """Each step trains one of these, drawn by their ratios: an objective, or several joined by `+` (UNITER: `mlm: 12`,
+    `itm+wra: 9`); empty = every step trains all objectives."""
     seed: int = 0
     """Of initial weights, data order, masks and negatives."""
     save_every: int | None = None
@@ -114,6 +118,7 @@ def train(
         NonFiniteError: a loss or gradient was not finite; nothing was updated, the batch lies in the folder.
     """
     config = parts.run.train
+    check_sample(config.sample, parts.model.objectives)
     freeze_parts(parts.model, config.optim)
     model = wrap(parts.model.to(device).train(), config, device)
     loader = open_loader(parts, prepare)
@@ -130,7 +135,7 @@ def train(
     try:
         with stop_signal() as stop:
             for batches in timed(loader.steps(seen, config.samples), meter):
-                meter.add(report := step(batches))
+                meter.add(report := step(batches, sampled(config.sample, config.seed, batches[0].seen)))
                 seen = report.seen
                 last = config.samples - seen < world_size()  # a step needs a sample per rank
                 if meter.steps >= config.log_every or last:
@@ -226,7 +231,11 @@ def wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Modu
     # Buffers are constants, or equal on all ranks because what fills them is gathered: there is nothing to broadcast.
     device_ids = [device] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(
-        model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        model,
+        device_ids=device_ids,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=bool(config.sample),  # the heads of objectives that a step leaves out
     )
 
 
@@ -239,6 +248,7 @@ class Meter:
 
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
         self.steps, self.samples, self.waited, self.start = 0, 0, 0.0, time.perf_counter()
 
     def add(self, report: StepReport) -> None:
@@ -246,23 +256,25 @@ class Meter:
         for name, value in report.scalars.items():
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1  # a sampled objective has fewer than steps
         self.steps += 1
         self.samples += report.seen - report.started
         self.seen, self.rate = report.seen, report.lr
 
     def state(self) -> dict[str, Any]:
         """Return what is summed and not yet written, so that a resumed run writes the records it would have written."""
-        return {"sums": dict(self.sums), "steps": self.steps, "latest": self.latest}
+        return {"sums": dict(self.sums), "counts": dict(self.counts), "steps": self.steps, "latest": self.latest}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state` gave."""
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.steps, self.latest = state["steps"], state["latest"]
+        self.counts = state.get("counts") or dict.fromkeys(self.sums, self.steps)
 
     def record(self) -> dict[str, Any]:
         """Return the means since the last record, the same on all ranks, and begin anew. Waits for the device."""
         names = sorted(self.sums)
-        means = (torch.stack([self.sums[name].reshape(()) for name in names]) / self.steps).tolist()
+        means = torch.stack([self.sums[name].reshape(()) / self.counts[name] for name in names]).tolist()
         elapsed = time.perf_counter() - self.start
         self.latest = {
             "seen": self.seen,
