@@ -353,6 +353,8 @@ def load_bert(module: nn.Module, source: str, *, embeddings: bool, first: int = 
         found = theirs[source_name]
         if name.startswith("embeddings.position") or name.startswith("embeddings.segment"):
             found = found[: tensor.shape[0]]
+        if name == "embeddings.word.weight":  # added words (BLIP's [DEC] and [ENC]) keep their initial weights
+            found = torch.cat([found, tensor[len(found) :]])
         if found.shape != tensor.shape:
             raise ValueError(
                 f"init {source!r}: {source_name} is {tuple(found.shape)}, the recipe needs {tuple(tensor.shape)}"

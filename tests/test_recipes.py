@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from encoders import GridConfig
 from objectives.base import Draw
 from vlp.config import Config, configs_folder, list_recipes, load, restated
-from vlp.model import Model, build_model
+from vlp.model import Model, ModelConfig, build_model
 from vlp.run import RunConfig, settle
 from vlp.show import meta_model, synthetic_batch
 from vlp.train.optim import build_optimizer, check_parts, freeze_parts
@@ -23,7 +24,7 @@ SMALL: dict[str, Callable[[Any], Any]] = {
     "width": lambda value: 32,
     "heads": lambda value: 4,
     "hidden": lambda value: None if value is None else 64,
-    "layers": lambda value: None if value is None else min(value, 2),
+    "layers": lambda value: 2 if value is None else min(value, 2),
     "depth": lambda value: 2 if value is None else min(value, 2),
     "init": lambda value: None,
     "pretrained": lambda value: False,
@@ -32,7 +33,15 @@ SMALL: dict[str, Callable[[Any], Any]] = {
     "stem": lambda value: (8,) * len(value),
     "vocabulary_size": lambda value: 64,
     "max_length": lambda value: 16,
+    "fused_first": lambda value: None if value is None else 63,
+    "queue": lambda value: min(value, 20),
     "micro_batch": lambda value: 6,
+}
+SMALL_GRIDS: dict[str, dict[str, Any]] = {
+    "tf_efficientnet_l2": {"model": "tf_efficientnet_b0"},
+    "swin_base_patch4_window7_224.ms_in22k": {
+        "arguments": {"img_size": 32, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
+    },
 }
 
 
@@ -48,6 +57,10 @@ def shrink(config: Config) -> Any:
         elif name in SMALL:
             value = SMALL[name](value)
         found[name] = value
+    if isinstance(config, GridConfig):
+        found |= SMALL_GRIDS.get(config.model, {})
+    if isinstance(config, ModelConfig) and config.embed.image == "none":  # the space is the tower's own
+        found["embed"] = found["embed"].model_copy(update={"width": found["vision"].build().width})
     return type(config)(**found)
 
 

@@ -25,6 +25,7 @@ from encoders.region import RegionConfig, RegionEncoder
 from encoders.types import Batch, Images, Modality, Regions, Texts, Tokens, Vocabulary
 from objectives.answer import Answer
 from objectives.base import AGAIN, Decode, Draw, Embed, Encode, Fused, Pass, Results, Rows, ViewText
+from objectives.box import Box
 from objectives.itm import Itm
 from objectives.mrm import Mrm
 from objectives.pair_attention import PairAttention
@@ -121,6 +122,8 @@ def _synthetic_targets(model: Model, size: int) -> dict[str, Tensor]:
             found["answer_scores"] = torch.eye(number)[torch.arange(size) % number]
         elif isinstance(objective, Itm) and objective.given:
             found["match"] = torch.arange(size) % 2 == 0
+        elif isinstance(objective, Box):
+            found["box"] = torch.tensor([0.5, 0.5, 0.5, 0.25]).expand(size, -1)
     return found
 
 
