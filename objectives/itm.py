@@ -39,6 +39,9 @@ class ItmConfig(Config):
     """`both`: each pair with one false image and one false text (ALBEF). `replace_image`: each pair's image is replaced
     with probability 0.5 (UNITER, ViLT, METER). `given`: the data have false pairs, too, and ``targets["match"]`` [T]
     says which are true (VisualBERT, ViLBERT, LXMERT)."""
+    classes: Literal[2, 3] = 2
+    """Of the scheme `given`: true or not; or 0 = a false text, 1 = true, 2 = false object tags, the text's second
+    segment (VinVL)."""
     masked: bool = False
     """Read pairs with the words, regions and patches hidden that other objectives hide (ViLBERT, LXMERT, FLAVA)."""
     candidates: Literal["microbatch", "global"] = "microbatch"
@@ -67,6 +70,10 @@ class ItmConfig(Config):
                 "objective itm needs a fusion, but model.fusion.kind is none; "
                 "use single_stream or dual_stream, or remove itm"
             )
+        if self.classes == 3 and self.scheme != "given":
+            raise ValueError(
+                "objectives.itm.classes 3 tells false texts from false tags, which only the data know; use scheme given"
+            )
         if self.negatives == "hard" and spec.embed_width is None:
             raise ValueError(
                 "objectives.itm.negatives hard needs an objective that trains the embeddings; "
@@ -81,7 +88,8 @@ class Itm(Objective):
     def __init__(self, config: ItmConfig, width: int, hard: bool) -> None:
         super().__init__()
         self.config, self.hard = config, hard
-        self.head: nn.Module = MlpHead(width, 2) if config.head == "mlp" else nn.Linear(width, 2)
+        build = MlpHead if config.head == "mlp" else nn.Linear
+        self.head: nn.Module = build(width, config.classes)
         if config.head == "linear":
             initialise(self.head)
         self.given, self.everywhere = config.scheme == "given", config.candidates == "global"
@@ -93,7 +101,9 @@ class Itm(Objective):
         if hard and not self.given:
             self.needs |= {Embed("image"), Embed("text")}
 
-    def chance(self, candidates: int) -> float:
+    def chance(self, candidates: int) -> float | None:
+        if self.config.classes == 3:
+            return None  # the data's shares
         true = 1 / 3 if self.config.scheme == "both" else 1 / 2
         return -true * math.log(true) - (1 - true) * math.log(1 - true)
 
@@ -162,7 +172,7 @@ class Itm(Objective):
         """Cross-entropy of match against no match, mean over all rows; a row that found no negative has no loss."""
         if self.given:
             logits = self.head(results[self.pairs].pooled)
-            loss, right = match_terms(logits, batch.targets["match"].long())
+            loss, right = match_terms(logits, self._label(batch))
             return LossOutput(loss.mean(), {"accuracy": right.mean()})
         drawn: Rows = results.rows["itm"]
         own, text = self._numbers(batch, drawn.image_index.device)
@@ -178,14 +188,26 @@ class Itm(Objective):
         loss, right = match_terms(logits, label)
         return LossOutput((loss * weight).mean(), {"accuracy": (right * weight).sum() / weight.sum()})
 
+    def _label(self, batch: Batch) -> Tensor:
+        """Class of each given pair, [T] int64."""
+        if "match" not in batch.targets:
+            raise ValueError(
+                "objectives.itm.scheme given needs data that say which pairs are true (match); make some false by "
+                "data.pairing, or use another scheme"
+            )
+        match = batch.targets["match"].long()
+        return match if self.config.classes == 3 else (match == 1).long()
+
     def score(self, pooled: Tensor) -> Tensor:
         """Pooled fused vectors [M, W] -> matching logit [M], the log odds of a match."""
         logits = self.head(pooled)
+        if self.config.classes == 3:
+            return logits[:, 1] - logits[:, [0, 2]].logsumexp(1)
         return logits[:, 1] - logits[:, 0]
 
 
 def match_terms(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [M, 2] and labels [M] int64 -> each row's loss [M], and whether it is right [M], 0 or 1."""
+    """Logits [M, 2 or 3] and labels [M] int64 -> each row's loss [M], and whether it is right [M], 0 or 1."""
     loss = F.cross_entropy(logits.float(), label, reduction="none")
     return loss, (logits.detach().argmax(1) == label).float()
 

@@ -301,6 +301,23 @@ def test_a_region_model_trains_on_what_the_loader_gives(shards: str) -> None:
         assert loss.isfinite() and set(outputs) == {"mlm", "mrm", "itm"}
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_false_tags_are_a_class_of_their_own_or_no_match(shards: str, classes: int) -> None:
+    model = model_of({"itm": ItmConfig(scheme="given", classes=classes)})
+    with torch.no_grad():
+        model.objectives.itm.head.weight.zero_()
+        model.objectives.itm.head.bias.copy_(torch.tensor([0.0, 1.0, 2.0])[:classes])
+    layout = region_layout(model, whole=False)
+    batch = batches(shards, layout, pairing=PairingConfig(second="tags", false_second=1.0), max_length=16)[0]
+    loss = model.losses(batch, Draw(0))["itm"].loss
+    wanted = torch.tensor([0.0, 1.0, 2.0])[:classes].log_softmax(0)[2 if classes == 3 else 0]
+    assert loss.item() == pytest.approx(-wanted.item(), rel=1e-5)
+    score = model.objectives.itm.score(torch.zeros(1, 32))
+    assert score.item() == pytest.approx(1.0 if classes == 2 else 1 - np.log(1 + np.exp(2)), rel=1e-5)
+    with pytest.raises(ValueError, match=r"make some false by data\.pairing"):
+        model.losses(replace(batch, targets={}), Draw(0))
+
+
 def test_objectives_must_hide_alike() -> None:
     target = {"classes": RegionTargetConfig(outputs=CLASSES)}
     other = MrmConfig(targets=target, hidden=0.9)
