@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encoders.sources import local_source
 from encoders.types import Images
 from vlp.config import Config
 
@@ -32,6 +33,8 @@ class CodebookConfig(Config):
     """Channels of the first group; the last has eight times as many."""
     blocks: int = 2
     """Blocks of each of the four groups."""
+    init: str | None = None
+    """Folder or hub id of transformers' FlavaImageCodebook whose weights fill it (facebook/flava-image-codebook)."""
 
     def build(self) -> Codebook:
         """Build it with random weights."""
@@ -78,6 +81,27 @@ class Codebook(nn.Module):
         self.output = nn.Conv2d(widths[-1], config.codes, 1)
         self.requires_grad_(False)
 
+    def load_pretrained(self) -> None:
+        """Fill the weights from ``config.init``, where the recipe names one.
+
+        Raises:
+            ValueError: it is of other sizes.
+        """
+        if self.config.init is None:
+            return
+        from transformers import FlavaImageCodebook
+
+        theirs = FlavaImageCodebook.from_pretrained(local_source(self.config.init), dtype=torch.float32).state_dict()
+        wanted = {name: theirs.get(_published(name)) for name in self.state_dict()}
+        for name, own in self.state_dict().items():
+            found = wanted[name]
+            if found is None or found.shape != own.shape:
+                raise ValueError(
+                    f"model.codebook.init {self.config.init!r} has no {_published(name)} of shape {tuple(own.shape)}; "
+                    "take its codes, width and blocks"
+                )
+        self.load_state_dict(wanted)
+
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, 8 h, 8 w] float, already mapped to 0.1 .. 0.9 -> codes [B, h, w] int64."""
@@ -107,3 +131,13 @@ class Codebook(nn.Module):
             scaled = F.interpolate(images.pixels.float() / 255, size, mode="bicubic", antialias=True)
             pixels = scaled.clamp(0, 1) * (1 - 2 * _MARGIN) + _MARGIN
         return self(pixels).flatten(1)
+
+
+def _published(name: str) -> str:
+    """Name of a weight in transformers."""
+    layer, kind = name.rsplit(".", 1)
+    if layer in ("input", "output"):
+        return f"blocks.{layer}.{kind}" if layer == "input" else f"blocks.output.conv.{kind}"
+    _, group, block, _, *number = layer.split(".")
+    path = f"res_path.path.conv_{int(number[0]) + 1}" if number else "id_path"
+    return f"blocks.group_{int(group) + 1}.group.block_{int(block) + 1}.{path}.{kind}"

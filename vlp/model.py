@@ -160,7 +160,7 @@ class Model(nn.Module):
             return None
         fused_width = None if self.fusion is None else self.fusion.text_width
         memory_width = self.vision.width
-        if config.decoder.memory == "text":
+        if config.decoder.memory != "image":
             memory_width = fused_width or self.text.width
         return config.decoder.beside(self.text.stack).build(memory_width, self.text, self.fusion)
 
@@ -177,7 +177,9 @@ class Model(nn.Module):
         if not objectives or config.keep_unread:
             return frozenset({"image", "text", "pooled"})
         sides = frozenset[Side]().union(*(one.reads for one in objectives.values()))
-        return sides | {config.decoder.memory} if config.decoder and "memory" in sides else sides
+        if config.decoder is None or "memory" not in sides:
+            return sides
+        return sides | ({"image", "text"} if config.decoder.memory == "both" else {config.decoder.memory})
 
     def _build_embed(self, config: EmbedConfig) -> nn.ModuleDict:
         widths = self._tower_width("image"), self._tower_width("text")
@@ -295,7 +297,7 @@ class Model(nn.Module):
 
     def load_pretrained(self) -> None:
         """Fill every part that the recipe starts from published weights."""
-        for part in (self.vision, self.text, self.fusion, self.decoder):
+        for part in (self.vision, self.text, self.fusion, self.decoder, self.codebook):
             if part is not None:
                 part.load_pretrained()
         if self.teacher is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
 from encoders import PatchConfig, TextConfig
 from encoders.codebook import CodebookConfig
@@ -179,6 +181,19 @@ def test_codes_of_the_codebook() -> None:
         ours.codebook.codes(replace(masked, pixels=masked.pixels.float()), (4, 4))
     with pytest.raises(ValueError, match=r"set model\.codebook"):
         model({"mim": MimConfig(codes=CODES)}).losses(batch, Draw())
+
+
+def test_published_codebook(tmp_path: Path) -> None:
+    theirs = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, num_blocks_per_group=2, vocab_size=CODES))
+    for one in theirs.parameters():
+        torch.nn.init.normal_(one, std=0.3)
+    theirs.save_pretrained(tmp_path)
+    ours = CodebookConfig(codes=CODES, width=8, init=str(tmp_path)).build()
+    ours.load_pretrained()
+    pixels = torch.rand(2, 3, 32, 32)
+    assert torch.equal(ours(pixels), theirs.get_codebook_indices(pixels)) and len(ours(pixels).unique()) > 1
+    with pytest.raises(ValueError, match=r"model\.codebook\.init .* take its codes, width and blocks"):
+        CodebookConfig(codes=CODES, width=4, init=str(tmp_path)).build().load_pretrained()
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -150,7 +150,7 @@ def test_flava_brings_its_codebook(tmp_path: Path) -> None:
     weights["loss.mim_loss.cls.decoder.bias"] = weights["loss.mim_loss.cls.bias"]
     torch.save(weights, tmp_path / "model.pt")
     loaded = vlp.load(tmp_path / "model.pt", config=FLAVA_CONFIG)
-    assert loaded.model.config.codebook.model_dump() == {"codes": 40, "width": 8, "blocks": 2}
+    assert loaded.model.config.codebook.model_dump() == {"codes": 40, "width": 8, "blocks": 2, "init": None}
     assert not loaded.report.unexpected
 
 
