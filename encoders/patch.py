@@ -51,7 +51,8 @@ class PatchConfig(Config):
     """How stored position embeddings become those of another `image_size` when weights are loaded."""
     position_size: int | None = None
     """Side in pixels of the square that the position embeddings are of, where images keep their aspect ratio: they are
-    interpolated for each image's own rows and columns of patches (ViLT). None = `image_size`, and no interpolation."""
+    interpolated for each image's own rows and columns of patches, antialiased if `position_resize` is
+    bilinear_antialias (SigLIP 2), else with the corners in place (ViLT). None = `image_size`, and no interpolation."""
     drop_path: float = 0.0
     """Stochastic depth rate."""
     patch_drop: float = Field(0.0, ge=0, lt=1)
@@ -112,10 +113,10 @@ class PatchEncoder(nn.Module):
         if config.queries is not None:
             self.queries, self.width = Queries(config.queries, self.width), config.queries.width
         self.bare = config.depth == 0
-        if config.position_size is not None and (not self.bare or config.stem):
+        if config.position_size is not None and (config.stem or config.patch_drop):
             raise ValueError(
-                f"model.vision.position_size {config.position_size} needs model.vision.depth 0 and no stem; "
-                "set it to none, or take kind single_stream with bare patch embeddings"
+                f"model.vision.position_size {config.position_size} needs all patches of the image itself; set it to "
+                "none, or model.vision.stem to [] and patch_drop to 0"
             )
         self.register_buffer("mean", _channels(self.config.mean), persistent=False)
         self.register_buffer("std", _channels(self.config.std), persistent=False)
@@ -197,6 +198,9 @@ class PatchEncoder(nn.Module):
                 states = self.vit.forward_features(pixels, **given)
             else:
                 states = self._embed_per_image(pixels, images.keep)
+                for block in self.vit.blocks:
+                    states = block(states, **given)
+                states = self.vit.norm(states)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -249,11 +253,12 @@ class PatchEncoder(nn.Module):
         """[B, 3, H, W] and keep [B, P] -> [B, N, D]: patches with the positions of each image's own grid."""
         grid = pixels.shape[2] // self.patch_side, pixels.shape[3] // self.patch_side
         prefix = self.vit.num_prefix_tokens
-        positions = positions_per_image(self.vit.pos_embed[0], grid, prefix, keep)  # [B or 1, N, D]
+        how: Any = "bilinear_antialias" if self.config.position_resize == "bilinear_antialias" else "bilinear_corners"
+        positions = positions_per_image(self.vit.pos_embed[0], grid, prefix, keep, how)  # [B or 1, N, D]
         states = self.vit.patch_embed(pixels)
         if prefix:
             states = torch.cat([self.vit.cls_token.expand(len(pixels), -1, -1), states], 1)
-        return self.vit.pos_drop(states + positions)
+        return self.vit.norm_pre(self.vit.pos_drop(states + positions))
 
     def _keep(self, patches: Tensor | None) -> Tensor | None:
         """[B, P] -> keep [B, N] with the prefix tokens."""

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, cat
 from torch.nn import functional as F
 
-PositionResize = Literal["bicubic", "bicubic_antialias", "bilinear_corners"]
+PositionResize = Literal["bicubic", "bicubic_antialias", "bilinear_antialias", "bilinear_corners"]
 """Interpolation of position embeddings.
 
 bicubic: ALBEF, BLIP, X-VLM, METER, BEiT-3 and transformers' models (between pixel centres, no antialiasing);
-bicubic_antialias: timm and open_clip; bilinear_corners: ViLT, for every batch (corners stay where they are).
+bicubic_antialias: timm and open_clip; for every image anew, bilinear_antialias: SigLIP 2 (NaFlex), bilinear_corners:
+ViLT (corners stay where they are).
 """
 
 
@@ -63,22 +64,30 @@ def resize_positions(
     if method == "bilinear_corners":
         image = F.interpolate(image, grid, mode="bilinear", align_corners=True)
     else:
-        image = F.interpolate(image, grid, mode="bicubic", antialias=method == "bicubic_antialias")
+        mode, _, antialias = method.partition("_")
+        image = F.interpolate(image, grid, mode=mode, antialias=bool(antialias))
     resized = image[0].permute(1, 2, 0).flatten(0, 1).to(table.dtype)
     return cat([rows[:prefix], resized]).view(*table.shape[:-2], -1, table.shape[-1])
 
 
-def positions_per_image(table: Tensor, grid: tuple[int, int], prefix: int = 1, keep: Tensor | None = None) -> Tensor:
-    """Interpolate a square table for each image of a batch to the rows and columns of patches that it fills (ViLT).
+def positions_per_image(
+    table: Tensor,
+    grid: tuple[int, int],
+    prefix: int = 1,
+    keep: Tensor | None = None,
+    method: Literal["bilinear_corners", "bilinear_antialias"] = "bilinear_corners",
+) -> Tensor:
+    """Interpolate a square table for each image of a batch to the rows and columns of patches that it fills.
 
-    "bilinear_corners" for sizes that only the device knows: interpolation along an axis is a product with a matrix of
-    two weights a row, so that nothing waits for the host; in float32, as half precision would blur the places.
+    For sizes that only the device knows (ViLT, NaFlex): interpolation along an axis is a product with a matrix of
+    weights, so that nothing waits for the host; in float32, as half precision would blur the places.
 
     Args:
         table: [prefix + S * S, D].
         grid: Rows and columns of patches of the batch, to which smaller images are padded at the bottom and right.
         prefix: Rows at the start that belong to no patch.
         keep: [B, rows * columns] bool, patches that hold image; None = all.
+        method: The interpolation.
 
     Returns:
         [B, prefix + rows * columns, D], or [1, ...] without ``keep``; what stands at padding means nothing.
@@ -91,7 +100,8 @@ def positions_per_image(table: Tensor, grid: tuple[int, int], prefix: int = 1, k
     else:
         filled = keep.unflatten(1, grid)
         counts = [filled[:, :, 0].sum(1), filled[:, 0].sum(1)]
-    rows, columns = (_between(number, size, side) for number, size in zip(counts, grid, strict=True))
+    weights = _between if method == "bilinear_corners" else _blurred
+    rows, columns = (weights(number, size, side) for number, size in zip(counts, grid, strict=True))
     device = table.device.type
     with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         patches = torch.einsum("brs,std,bct->brcd", rows, image, columns).flatten(1, 2).to(table.dtype)
@@ -102,3 +112,15 @@ def _between(count: Tensor, size: int, side: int) -> Tensor:
     """Weights [B, size, side] of a table of ``side`` rows at ``count`` [B] evenly spread places, ends included."""
     at = torch.arange(size, device=count.device) * ((side - 1) / (count - 1).clamp(min=1))[:, None]  # [B, size]
     return (1 - (at[..., None] - torch.arange(side, device=count.device)).abs()).clamp(min=0)
+
+
+def _blurred(count: Tensor, size: int, side: int) -> Tensor:
+    """Weights [B, size, side] of a table of ``side`` rows for ``count`` [B] equal parts of its length, antialiased.
+
+    A triangle about each part's centre, as wide as the part where parts are longer than the table's own rows.
+    """
+    part = side / count[:, None, None]  # [B, 1, 1] rows of the table in one part
+    centre = (torch.arange(size, device=count.device)[:, None] + 0.5) * part  # [B, size, 1]
+    places = torch.arange(side, device=count.device) + 0.5
+    weights = (1 - (places - centre).abs() / part.clamp(min=1)).clamp(min=0)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)  # what is behind the last part has none

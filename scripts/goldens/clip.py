@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from encoders.types import Batch, Images, Texts
 from objectives.base import Embed, Encode
 from scripts.goldens.base import Adapter, Case, Output, Ran
+from vlp.data.transforms import pad_images
 from vlp.embed import EmbedSpace
 from vlp.loaded import Loaded
 
@@ -31,7 +33,34 @@ def batch(case: Case, loaded: Loaded) -> Batch:
 
 
 def _images(given: Mapping[str, Tensor]) -> Images:
+    if "spatial_shapes" in given:
+        return pad_images(naflex_images(given), naflex_side(given))
     return Images(given["pixel_values"] if "pixel_values" in given else given["image"])
+
+
+def naflex_side(given: Mapping[str, Tensor]) -> int:
+    """Side of a patch whose pixels lie behind each other."""
+    return math.isqrt(given["pixel_values"].shape[2] // 3)
+
+
+def naflex_images(given: Mapping[str, Tensor]) -> list[Tensor]:
+    """Each image [3, h, w] of its patches, which were cut into rows, columns and channels."""
+    side, found = naflex_side(given), []
+    for patches, (rows, columns) in zip(given["pixel_values"], given["spatial_shapes"].tolist(), strict=True):
+        cells = patches[: rows * columns].reshape(rows, columns, side, side, 3)
+        found.append(cells.permute(4, 0, 2, 1, 3).reshape(3, rows * side, columns * side))
+    return found
+
+
+def naflex_order(given: Mapping[str, Tensor], states: Tensor) -> Tensor:
+    """States of images padded to one grid [B, P, D] -> behind each other as the reference has them."""
+    shapes = given["spatial_shapes"].tolist()
+    columns = max(width for _, width in shapes)
+    found = states.new_zeros(len(states), given["pixel_values"].shape[1], states.shape[2])
+    for row, (height, width) in enumerate(shapes):
+        at = [y * columns + x for y in range(height) for x in range(width)]
+        found[row, : len(at)] = states[row, at]
+    return found
 
 
 def keep(case: Case) -> dict[str, Tensor]:
@@ -87,6 +116,9 @@ def transformers_outputs(case: Case) -> dict[str, Output]:
         kind, _, number = name.partition("_hidden_states.")
         if number and kind in ("text", "vision"):
             found[name] = lambda ran, kind=kind, n=int(number): ran[TEXT if kind == "text" else IMAGE].layers[n]
+    if "spatial_shapes" in case.inputs:
+        for name in [name for name, one in case.outputs.items() if name.startswith("vision_") and one.dim() == 3]:
+            found[name] = lambda ran, read=found[name]: naflex_order(case.inputs, read(ran))
     return found
 
 

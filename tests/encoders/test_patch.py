@@ -55,9 +55,29 @@ def test_positions_of_each_image_own_grid(class_token):
         torch.testing.assert_close(alone[int(class_token) :], patches, rtol=1e-5, atol=1e-6)
 
 
-def test_positions_of_each_image_need_bare_patches():
-    with pytest.raises(ValueError, match=r"position_size 32 needs model\.vision\.depth 0"):
-        PatchConfig(**SMALL, depth=2, position_size=32).build()
+@pytest.mark.parametrize("settings", [{"stem": (8, 16), "patch_size": 1}, {"patch_drop": 0.5}])
+def test_positions_of_each_image_need_all_patches(settings):
+    with pytest.raises(ValueError, match="position_size 32 needs all patches of the image itself"):
+        PatchConfig(**SMALL, depth=2, position_size=32, **settings).build()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"class_token": False, "pool": "map"}, {"model": "vit_base_patch16_clip_224"}]
+)
+def test_images_of_unlike_sizes_are_what_each_is_alone(settings):
+    """Through all blocks, with antialiased positions (NaFlex)."""
+    sizes = {"patch_size": 4, "depth": 2, "position_size": 32, "position_resize": "bilinear_antialias"}
+    encoder = PatchConfig(**SMALL | sizes | settings).build().eval()
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in [(16, 24), (8, 40), (4, 4), (32, 32)]]
+    found = encoder(pad_images(images, 4), layers=True)
+    assert len(found.layers) == 3
+    for row, image in enumerate(images):
+        alone = encoder(Images(image[None]))
+        torch.testing.assert_close(found.states[row][found.keep[row]], alone.states[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.pooled[row], alone.pooled[0], rtol=1e-4, atol=1e-5)
+    plain = PatchConfig(**SMALL | sizes | settings | {"position_size": None}).build().eval()
+    plain.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(plain(Images(images[3][None])).states, encoder(Images(images[3][None])).states)
 
 
 def test_a_vit_that_takes_no_mask():

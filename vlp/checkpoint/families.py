@@ -47,7 +47,7 @@ FAMILIES: tuple[Family, ...] = (
     tmm_coca.FAMILY,
     tmm_flava.FAMILY,
     *hf_clip.FAMILIES,
-    hf_siglip.FAMILY,
+    *hf_siglip.FAMILIES,
     hf_flava.FAMILY,
     hf_git.FAMILY,
     hf_align.FAMILY,

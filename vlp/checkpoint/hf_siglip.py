@@ -5,8 +5,11 @@ The text tower attends to its padding and is read at its last place, so its toke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from vlp.checkpoint.clip import (
     HEAD_WIDTH,
@@ -29,7 +32,7 @@ from vlp.checkpoint.hf_clip import (
     text_ends,
 )
 from vlp.checkpoint.names import Pair, added_axes, rename_pairs
-from vlp.data.presets import beit3
+from vlp.data.presets import beit3, naflex
 
 _HEAD = "vision_model.head."
 _COMMON = (
@@ -51,7 +54,24 @@ SIGLIP_NAMES = (
     Pair("vision_model.embeddings.position_embedding.weight", TOWER + "pos_embed", **added_axes(1)),
     *_COMMON,
 )
+_NAFLEX_NAMES = (
+    Pair("vision_model.embeddings.patch_embedding.bias", TOWER + "patch_embed.proj.bias"),
+    # Rows, columns, channels of a patch there; a convolution's weight has the channels first.
+    Pair(
+        "vision_model.embeddings.patch_embedding.weight",
+        TOWER + "patch_embed.proj.weight",
+        to_ours=lambda weight: weight.unflatten(1, (_side(weight), _side(weight), 3)).permute(0, 3, 1, 2),
+        to_theirs=lambda weight: weight.permute(0, 2, 3, 1).flatten(1),
+    ),
+    Pair("vision_model.embeddings.position_embedding.weight", TOWER + "pos_embed", **added_axes(1)),
+    *_COMMON,
+)
 _PATCHES, _POSITIONS = (f"vision_model.embeddings.{name}_embedding.weight" for name in ("patch", "position"))
+
+
+def _side(weight: Tensor) -> int:
+    """Side of the patches that rows of a linear layer read."""
+    return math.isqrt(weight.shape[1] // 3)
 
 
 def siglip_words(vocabulary_size: int, length: int) -> dict[str, Any]:
@@ -100,6 +120,22 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     return Recipe(tree, (*missing, *assumed))
 
 
+def _naflex_recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
+    tower = section(config, "vision_config")
+    width, values = shapes[_PATCHES]
+    side = math.isqrt(values // 3)
+    preset, assumed = preset_of(config, naflex(side, tower.get("num_patches", 256)))
+    as_conv = {**shapes, _PATCHES: (width, 3, side, side)}
+    fixed = _recipe(as_conv, config)
+    vision = fixed.tree["model"]["vision"]
+    vision |= {"position_size": vision["image_size"], "position_resize": "bilinear_antialias"}
+    vision |= {"mean": preset.mean, "std": preset.std}
+    model, data = fixed.tree["model"], fixed.tree["data"]
+    tree = two_towers(vision, model["text"], model["embed"], sigmoid_loss(), preset, data["tokenizer"])
+    missing = tuple(one for one in fixed.assumed if "config.json: heads" in one)
+    return Recipe(tree, (*missing, *assumed))
+
+
 def siglip_space(width: int) -> dict[str, Any]:
     """Return `model.embed`: only texts are projected, the temperature begins at 0.1 and the bias at -10."""
     return {"width": width, "image": "none", "bias": True, "temperature": 0.1, "logit_bias": -10.0}
@@ -109,9 +145,20 @@ def _rename(state: State) -> Renamed:
     return rename_pairs(SIGLIP_NAMES, state, BUFFERS)
 
 
+def _rename_naflex(state: State) -> Renamed:
+    return rename_pairs(_NAFLEX_NAMES, state, BUFFERS)
+
+
+NAFLEX = Family(
+    "hf_siglip2",
+    lambda shapes, config: _HEAD + "probe" in shapes and len(shapes.get(_PATCHES, ())) == 2,
+    _naflex_recipe,
+    _rename_naflex,
+)
 FAMILY = Family(
     "hf_siglip",
     lambda shapes, config: _HEAD + "probe" in shapes and len(shapes.get(_PATCHES, ())) == 4,
     _recipe,
     _rename,
 )
+FAMILIES = (FAMILY, NAFLEX)

@@ -6,6 +6,7 @@ Pillow resamples in all of them, as in the authors' own evaluation. A checkpoint
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -31,6 +32,7 @@ _PROCESSORS = (
     "DeiTImageProcessor",
     "EfficientNetImageProcessor",
     "FlavaImageProcessor",
+    "Siglip2ImageProcessor",
     "SiglipImageProcessor",
     "ViTImageProcessor",
     "ViltImageProcessor",
@@ -71,6 +73,13 @@ def beit3(size: int = 224) -> Preset:
 def vilt(size: int = 384) -> Preset:
     """ViLT: shorter side ``size``, aspect ratio kept, both sides multiples of 32; images differ in size."""
     return _preset(size, HALF, HALF, resize="shortest", multiple=32, crop="none")
+
+
+def naflex(patch_size: int = 16, max_patches: int = 256) -> Preset:
+    """SigLIP 2 NaFlex: as many patches as fit into the number, aspect ratio kept, mean and std 0.5."""
+    side = patch_size * math.isqrt(max_patches)
+    own = {"multiple": patch_size, "max_patches": max_patches, "interpolation": "bilinear"}
+    return _preset(side, HALF, HALF, resize="shortest", crop="none", **own)
 
 
 def meter_clip(size: int = 288) -> Preset:
@@ -134,6 +143,10 @@ def hf_processor(config: Mapping[str, Any]) -> Preset:
     given = {key: getattr(processor, key, None) for key in ("do_resize", "do_center_crop", "size_divisor")}
     if not given["do_resize"]:
         raise ValueError(f"preprocessor_config.json: {name} with do_resize false takes images as they are; set it true")
+    if hasattr(processor, "max_num_patches"):
+        found = naflex(processor.patch_size, processor.max_num_patches)
+        look = found.transform.model_copy(update={"interpolation": _resample(processor.resample)})
+        return Preset(look, *_statistics(processor))
     size, crop = (dict(getattr(processor, key, None) or {}) for key in ("size", "crop_size"))
     sides = {key: value for key, value in size.items() if value is not None}
     fields: dict[str, Any] = {"interpolation": _resample(processor.resample), "resize": "squash", "crop": "floor"}

@@ -8,6 +8,7 @@ How the published models prepare their images stands in ``vlp.data.presets``.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -128,6 +129,9 @@ class ImageTransformConfig(Config):
     """Side of the central crop over the side that images are scaled to before it; less than 1 cuts the border off."""
     multiple: int | None = Field(default=None, ge=1)
     """shortest: hold the longer side to 1333/800 of image_size, and round both sides down to multiples of this."""
+    max_patches: int | None = Field(default=None, ge=1)
+    """shortest with `multiple`, the side of a patch: scale to as many whole patches as there are up to this number, the
+    aspect ratio kept as far as they allow; image_size is not asked (NaFlex, SigLIP 2: 256)."""
     fill: int = Field(default=255, ge=0, le=255)
     """Grey level of pixels that padding, rotation or shearing uncovers."""
     crop_scale: tuple[float, float] | None = None
@@ -237,6 +241,8 @@ def resize(image: Tensor, config: ImageTransformConfig) -> Tensor:
     side = round(config.side / config.crop_share)
     if config.resize == "squash":
         size = [side, side]
+    elif config.multiple is not None and config.max_patches is not None:
+        size = _patched_size(height, width, config.multiple, config.max_patches)
     elif config.multiple is not None:
         size = _bounded_size(height, width, side, config.multiple)
     else:
@@ -288,6 +294,20 @@ def _bounded_size(height: int, width: int, shorter: int, multiple: int) -> list[
         new = [scale * new[0], scale * new[1]]
     # At least one multiple: of a very long image the reference would leave nothing.
     return [max(multiple, int(side + 0.5) // multiple * multiple) for side in new]
+
+
+def _patched_size(height: int, width: int, side: int, most: int) -> list[int]:
+    """Size in whole patches of this side, at most ``most`` of them, found by halving as big_vision does it."""
+
+    def sized(scale: float) -> list[int]:
+        return [max(side, math.ceil(length * scale / side) * side) for length in (height, width)]
+
+    low, high = 1e-6, 100.0
+    while high - low >= 1e-5:
+        middle = (low + high) / 2
+        rows, columns = (length // side for length in sized(middle))
+        low, high = (middle, high) if rows * columns <= most else (low, middle)
+    return sized(low)
 
 
 def _center_crop(image: Tensor, side: int, rounding: str) -> Tensor:

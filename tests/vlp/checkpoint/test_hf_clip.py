@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from standins import GOLDENS, verdict
 from torch import Tensor
@@ -160,6 +162,42 @@ def test_siglip(seed: int, tmp_path: Path) -> None:
     model = randomise(transformers.SiglipModel(config), seed)
     ids, _ = texts(3, 10, pad=1, end=2, seed=seed)
     passes(run(model, {"input_ids": ids, "pixel_values": torch.randn(3, 3, 32, 32)}, tmp_path / "hf_siglip"))
+
+
+@pytest.mark.parametrize("shapes", [[(4, 6), (3, 5)], [(6, 4), (4, 6), (2, 2)], [(7, 3)]])
+def test_siglip_2_of_any_aspect_ratio(shapes: list[tuple[int, int]], tmp_path: Path) -> None:
+    """NaFlex: patches of images of unlike sizes; positions of each image's own grid, antialiased."""
+    text = text_config(hidden_act="gelu_pytorch_tanh", max_position_embeddings=10, projection_size=32, hidden_size=32)
+    vision = vision_config(hidden_act="gelu_pytorch_tanh", num_patches=16)
+    config = transformers.Siglip2Config(text_config=text, vision_config=vision)
+    model = randomise(transformers.Siglip2Model(config), 0)
+    ids, _ = texts(len(shapes), 10, pad=0, end=1)
+    patches, mask = torch.randn(len(shapes), 24, 192), torch.zeros(len(shapes), 24, dtype=torch.int32)
+    for row, (height, width) in enumerate(shapes):
+        mask[row, : height * width] = 1
+    given = {"input_ids": ids, "pixel_values": patches, "pixel_attention_mask": mask}
+    passes(run(model, {**given, "spatial_shapes": torch.tensor(shapes)}, tmp_path / "hf_siglip2_naflex"))
+
+
+def test_pictures_of_any_aspect_ratio(tmp_path: Path) -> None:
+    """What transformers' processor and model say of pictures, our loaded model says too."""
+    text = text_config(max_position_embeddings=10, projection_size=32, hidden_size=32)
+    config = transformers.Siglip2Config(text_config=text, vision_config=vision_config(num_patches=16))
+    model = randomise(transformers.Siglip2Model(config), 0)
+    model.save_pretrained(tmp_path)
+    processor = transformers.models.siglip2.image_processing_pil_siglip2.Siglip2ImageProcessorPil(
+        patch_size=8, max_num_patches=24
+    )
+    processor.save_pretrained(tmp_path)
+    noise = np.random.default_rng(0)
+    images = [
+        Image.fromarray(noise.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in [(60, 90), (200, 50), (9, 9)]
+    ]
+    given = processor(images=images, return_tensors="pt")
+    with torch.no_grad():
+        wanted = model.get_image_features(**given)
+    wanted = torch.nn.functional.normalize(getattr(wanted, "pooler_output", wanted), dim=-1)
+    torch.testing.assert_close(vlp.load(tmp_path).embed_images(images), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_align(tmp_path: Path) -> None:
