@@ -118,6 +118,7 @@ def towers_problem(loaded: Loaded) -> str | None:
         (text.norm != "pre" or text.embed_norm or text.segments > 0, "its text tower is BERT's kind"),
         (type(vit_of(loaded)).__name__ != "VisionTransformer", "its image tower is no plain ViT"),
         (text.layers == 0 or vision.depth == 0, "a tower has no blocks"),
+        (vision.position_size is not None, "its images keep their aspect ratio"),
     )
 
 

@@ -68,13 +68,11 @@ def _plain(names: Mapping[str, Any]) -> dict[str, Any]:
 
 def _heads(config: Mapping[str, Any], sections: tuple[str, ...], width: int) -> tuple[int, bool]:
     """Heads of a tower: stated in one of the config's sections or, for both, at its top; else of width 64."""
-    for name in (*sections, ""):
-        part = config.get(name) if name else config
-        heads = (part or {}).get("heads") if isinstance(part, Mapping) else None
-        heads = heads or config.get(f"{name}_heads")
-        if heads:
-            return int(heads), True
-    return max(1, width // HEAD_WIDTH), False
+    parts = [config[name] for name in sections if isinstance(config.get(name), Mapping)]
+    named = [config.get(f"{name}_heads") for name in sections]
+    stated = [part.get(name) for part in (*parts, config) for name in ("heads", "num_heads", "n_head")]
+    heads = next((int(one) for one in (*named, *stated) if one), None)
+    return (max(1, width // HEAD_WIDTH), False) if heads is None else (heads, True)
 
 
 def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:

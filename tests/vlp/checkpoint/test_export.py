@@ -235,6 +235,14 @@ def test_clips_words_leave_as_transformers_has_them(tmp_path: Path) -> None:
     assert vlp.load(tmp_path / "own").tokenizer.vocabulary == loaded.tokenizer.vocabulary
 
 
+def test_models_of_any_aspect_ratio_do_not_become_square(tmp_path: Path) -> None:
+    text = text_config(hidden_size=32, projection_size=32)
+    config = transformers.Siglip2Config(text_config=text, vision_config=vision_config(num_patches=16))
+    transformers.Siglip2Model(config).save_pretrained(tmp_path / "in")
+    with pytest.raises(ValueError, match="hf_siglip: its images keep their aspect ratio"):
+        convert(vlp.load(tmp_path / "in"), tmp_path / "out", "hf")
+
+
 REFUSED = {
     "fusion": (lambda: tiny_model("dual_stream", ("itc", "itm")), "hf", "hf_clip: the model has a fusion"),
     "bert": (lambda: tiny_model("none", ("itc",)), "open_clip", "its text tower is BERT's kind"),

@@ -154,7 +154,7 @@ def test_training_sees_the_same_image_as_evaluation():
         (lambda: openclip({"resize_mode": "stretch"}), "resize_mode 'stretch' is not known; known are shortest"),
         (lambda: openclip({"interpolation": "cubic"}), "interpolation 'cubic' is not known"),
         (lambda: presets.timm_model({"crop_mode": "border"}), "crop_mode 'border' is not known"),
-        (lambda: hf("LevitImageProcessor"), "image_processor_type Siglip2ImageProcessor is not known"),
+        (lambda: hf("LevitImageProcessor"), "image_processor_type LevitImageProcessor is not known"),
         (lambda: hf("Trainer"), "image_processor_type Trainer is not known"),
         (lambda: hf("CLIPImageProcessor", do_resize=False), "do_resize false"),
         (lambda: hf("CLIPImageProcessor", do_center_crop=False), "set do_center_crop true"),
