@@ -126,6 +126,8 @@ class PatchEncoder(nn.Module):
     @property
     def num_tokens(self) -> int:
         """N, tokens of one image."""
+        if self.queries is not None:
+            return self.queries.num_tokens
         return self.vit.patch_embed.num_patches + self.vit.num_prefix_tokens
 
     @property
@@ -136,7 +138,7 @@ class PatchEncoder(nn.Module):
     @property
     def num_prefix(self) -> int:
         """Tokens before the first patch: class and register tokens."""
-        return self.vit.num_prefix_tokens
+        return self.vit.num_prefix_tokens if self.queries is None else 0
 
     @property
     def patch_size(self) -> int:

@@ -65,6 +65,11 @@ class Queries(nn.Module):
         if config.layout != "split":
             self.contrast = QueryPool(width if config.layout == "parallel" else config.width, 1, config)
 
+    @property
+    def num_tokens(self) -> int:
+        """Q, tokens of one image."""
+        return self.config.number - (self.config.layout == "split")
+
     def forward(self, states: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """[B, N, D] and keep [B, N] -> the image's tokens [B, Q, E] and its pooled vector [B, E]."""
         found = self.tokens(states, keep)

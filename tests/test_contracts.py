@@ -37,6 +37,7 @@ from vlp.fusion.multiway import MultiwayConfig
 from vlp.fusion.single import SingleStreamConfig
 from vlp.fusion.sublayers import SublayersConfig
 from vlp.model import Model, build_model
+from vlp.multimodal import MultimodalConfig
 
 PATCH = {"model": "vit_tiny_patch16_224", "image_size": PIXELS, "patch_size": 4, "width": 32, "depth": 2, "heads": 4}
 VISION = {
@@ -44,6 +45,18 @@ VISION = {
     "patch, stem": PatchConfig(**PATCH | {"stem": (8, 16), "patch_size": 1}),
     "patch, no class token": PatchConfig(**PATCH, class_token=False),
     "patch, bare": PatchConfig(**PATCH | {"depth": 0}),
+    "patch, pooler": PatchConfig(**PATCH, pool="tanh"),
+    "patch, CLIP": PatchConfig(
+        **PATCH | {"model": "vit_base_patch16_clip_224", "arguments": {"act_layer": "quick_gelu"}}
+    ),
+    "patch, SigLIP": PatchConfig(
+        **PATCH | {"model": "vit_base_patch16_siglip_224", "class_token": False, "pool": "map"}
+    ),
+    "patch, NaFlex": PatchConfig(
+        **PATCH, class_token=False, pool="map", position_size=PIXELS, position_resize="bilinear_antialias"
+    ),
+    "patch, queries": PatchConfig(**PATCH, queries={"layout": "split", "number": 5, "width": 32, "heads": 4}),
+    "patch, cascaded queries": PatchConfig(**PATCH, queries={"number": 4, "width": 32, "heads": 4}),
 }
 HF_SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 32}
 TEXT = {
@@ -54,6 +67,12 @@ TEXT = {
         **SIZES, vocabulary_size=VOCABULARY, max_length=32, norm="pre", causal=True, pool="last", embed_norm=False,
         activation="quick_gelu",
     ),
+    "text, CoCa": TextConfig(
+        **SIZES, vocabulary_size=VOCABULARY, max_length=32, norm="pre", causal=True, pool="token", embed_norm=False
+    ),
+    "text, largest": TextConfig(**SIZES, vocabulary_size=VOCABULARY, max_length=32, causal=True, pool="largest"),
+    "text, projected": TextConfig(**SIZES, vocabulary_size=VOCABULARY, max_length=32, project=24),
+    "text, pooler": TextConfig(**SIZES, vocabulary_size=VOCABULARY, max_length=32, norm="pre", pool="tanh"),
     "text, bare": TextConfig(**SIZES | {"layers": 0}, vocabulary_size=VOCABULARY, max_length=32),
     "hf_text, BERT": HfTextConfig(architecture=BertConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, hidden_dropout_prob=0.0,
@@ -65,6 +84,8 @@ POOLED: frozenset[Side] = frozenset({"pooled"})
 FUSIONS = {
     "single_stream, post": SingleStreamConfig(**SIZES),
     "single_stream, pre": SingleStreamConfig(**SIZES, norm="pre", modality_embedding=False, pooler="cls"),
+    "single_stream, FLAVA": SingleStreamConfig(**SIZES, norm="pre", project="both", class_token=True),
+    "single_stream, GIT": SingleStreamConfig(**SIZES, project="image_norm", pooler="cls"),
     "cross": DualStreamConfig(**SIZES),
     "cross, pre": DualStreamConfig(**SIZES, norm="pre", project=True, modality_embedding=True, pooler="tanh"),
     "co": DualStreamConfig(**SIZES, attention="co"),
@@ -87,6 +108,8 @@ DECODERS = {
     "own words": DecoderConfig(**SIZES, share="none"),
     "shared words": DecoderConfig(**SIZES, norm="pre"),
     "BLIP": DecoderConfig(**SIZES, share="all_but_self_attention"),
+    "CoCa": MultimodalConfig(**SIZES, norm="pre"),
+    "CoCa, open_clip": MultimodalConfig(**SIZES, norm="pre", cross="behind", cross_hidden=48),
 }
 OBJECTIVES: dict[str, dict[str, ObjectiveConfig]] = {
     "itc": {"itc": ItcConfig()},
@@ -256,7 +279,8 @@ def test_fusion_padding(name: str) -> None:
     check_same([padded.pooled], [found.pooled])
     check_same([x[:, :8] for x in attended(padded.text)[:1]], attended(found.text)[:1])
     if found.image is not None:
-        check_same([x[:, :6] for x in attended(padded.image)[:1]], attended(found.image)[:1])
+        number = found.image.states.shape[1]  # with a class token of the fusion's own one more
+        check_same([x[:, :number] for x in attended(padded.image)[:1]], attended(found.image)[:1])
 
 
 @pytest.mark.parametrize("name", LEFT_TO_RIGHT)
@@ -291,7 +315,8 @@ def test_co_attention_refuses_what_it_would_leak(name: str) -> None:
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoder(name: str) -> None:
     def build() -> nn.Module:
-        text, fusion = TEXT["text, post"].build(), FUSIONS["cross"].build(32, 32, frozenset())
+        kind = "text, CLIP" if isinstance(DECODERS[name], MultimodalConfig) else "text, post"
+        text, fusion = TEXT[kind].build(), FUSIONS["cross"].build(32, 32, frozenset())
         return DECODERS[name].build(32, text, fusion).eval()
 
     decoder, other = build(), build()

@@ -36,6 +36,8 @@ PUBLISHED: dict[str, tuple[float, Callable[[Parts], int], float]] = {
     "clip_vit_b16": (149.6e6, everything, 0.001),
     "clip_vit_b32": (151.3e6, everything, 0.001),
     "clip_vit_l14": (427.6e6, everything, 0.001),
+    # Without codebook and heads; its towers' poolers (1.2M), which no loss reads, are not here.
+    "flava": (241.4e6, of("vision", "text", "fusion", "embed"), 0.01),
     # The survey's figure, which does not say what it includes: everything, with MLM's untied output of 38.6M.
     "meter": (345e6, everything, 0.04),
     "siglip_b16": (203.2e6, everything, 0.001),
