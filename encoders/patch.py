@@ -40,6 +40,9 @@ class PatchConfig(Config):
     """Attention heads; None = the model's own."""
     stem: tuple[int, ...] = ()
     """Channels of strided 3x3 convolutions before the patches; each halves the side, `patch_size` counts after them."""
+    hybrid: str | None = None
+    """timm CNN whose stages down to a sixteenth of the side come before the patches; `patch_size` counts in its cells
+    (SimVLM: resnet101)."""
     eps: float | None = None
     """Epsilon of the layer norms; None = the model's own (1e-6; CLIP's 1e-5)."""
     class_token: bool = True
@@ -292,6 +295,15 @@ def _channels(values: tuple[float, ...] | None) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
 
 
+def _cnn(name: str) -> nn.Module:
+    """A CNN down to its stage of a sixteenth of the side."""
+    try:
+        whole: Any = timm.create_model(name, features_only=True)
+        return timm.create_model(name, features_only=True, out_indices=(whole.feature_info.reduction().index(16),))
+    except (RuntimeError, AssertionError, ValueError, TypeError) as error:
+        raise ValueError(f"model.vision.hybrid: timm has no CNN {name!r} with such a stage: {error}") from error
+
+
 def _create(config: PatchConfig, pretrained: bool) -> Any:
     wanted = {
         "patch_size": config.patch_size,
@@ -315,6 +327,10 @@ def _create(config: PatchConfig, pretrained: bool) -> Any:
         arguments |= {"img_size": config.position_size, "embed_layer": partial(PatchEmbed, strict_img_size=False)}
     if config.stem:
         arguments["embed_layer"] = partial(HybridEmbed, backbone=ConvStem(config.stem))
+    if config.hybrid is not None:
+        if config.stem:
+            raise ValueError(f"model.vision.hybrid {config.hybrid} and stem {config.stem} both come first; set one")
+        arguments["embed_layer"] = partial(HybridEmbed, backbone=_cnn(config.hybrid))
     try:
         return timm.create_model(config.model, pretrained=pretrained, **(arguments | config.arguments))
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:

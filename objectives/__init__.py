@@ -17,6 +17,7 @@ from objectives.mim import MimConfig
 from objectives.mlm import MlmConfig
 from objectives.mrm import MrmConfig
 from objectives.pair_attention import PairAttentionConfig
+from objectives.prefix_lm import PrefixLmConfig
 from objectives.rank import RankConfig
 from objectives.seq2seq_mlm import Seq2SeqMlmConfig
 from objectives.sigmoid import SigmoidConfig
@@ -33,6 +34,7 @@ ObjectiveConfig: TypeAlias = Annotated[
     | MlmConfig
     | MimConfig
     | LmConfig
+    | PrefixLmConfig
     | AnswerConfig
     | AssignConfig
     | BoxConfig

@@ -222,7 +222,10 @@ class RegionView(Protocol):
 
 
 class View(Protocol):
-    """How a text view is made on the host from the tokenised caption: a small frozen, picklable object."""
+    """How a text view is made on the host from the tokenised caption: a small frozen, picklable object.
+
+    Views that cut one text in parts have an attribute ``draws``, the name by which the draws of all of them are keyed.
+    """
 
     @property
     def attention(self) -> AttentionKind:
@@ -241,6 +244,11 @@ class View(Protocol):
             generator: keyed by (seed, view name, sample position).
         """
         ...
+
+
+def draws_of(name: str, view: View) -> str:
+    """Return the name by which a view's draws are keyed: its own, or the one that it shares with others."""
+    return getattr(view, "draws", name)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ class DecoderConfig(BesideConfig):
     share: Literal["none", "embeddings", "all_but_self_attention"] = "embeddings"
     """What it shares: nothing; the text encoder's embeddings; all but self-attention with the cross-attention fusion
     (BLIP: cross-attention and feed-forward of layer n are the fusion's)."""
-    memory: Literal["image", "text"] = "image"
-    """What it reads of a fused memory: its text side (ALBEF's VQA decoder) or its image side."""
+    memory: Literal["image", "text", "both"] = "image"
+    """What it reads of a fused memory: its text side (ALBEF's VQA decoder), its image side, or the image's tokens and
+    the text's behind them (SimVLM)."""
     reads_padding: bool = False
     """Read the memory's padding as well, so that what is written depends on a batch's longest text; transformers' BLIP
     does so for questions."""

@@ -307,10 +307,21 @@ def memory_of(source: Tokens | Fused, side: str) -> Tokens:
     """Return the tokens that a decoder reads from an encode or a fuse."""
     if isinstance(source, Tokens):
         return source
+    if side == "both" and source.image is not None and source.text is not None:
+        return _beside(source.image, source.text)
     tokens = source.text if side == "text" else source.image
     if tokens is None:
         raise ValueError(f"model.decoder.memory {side}: the fusion gives no {side} states; use the other side")
     return tokens
+
+
+def _beside(first: Tokens, second: Tokens) -> Tokens:
+    """Tokens [M, N, D] and [M, L, D] -> [M, N + L, D]."""
+    keeps = [
+        one.states.new_ones(one.states.shape[:2], dtype=torch.bool) if one.keep is None else one.keep
+        for one in (first, second)
+    ]
+    return Tokens(torch.cat([first.states, second.states], 1), torch.cat(keeps, 1), first.pooled)
 
 
 def take(tokens: Tokens, index: Tensor) -> Tokens:

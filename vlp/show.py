@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from encoders.region import RegionConfig, RegionEncoder
 from encoders.types import Batch, Images, Modality, Regions, Texts, Tokens, Vocabulary
 from objectives.answer import Answer
-from objectives.base import AGAIN, Decode, Draw, Embed, Encode, Fused, Pass, Results, Rows, ViewText
+from objectives.base import AGAIN, Decode, Draw, Embed, Encode, Fused, Pass, Results, Rows, ViewText, draws_of
 from objectives.box import Box
 from objectives.itm import Itm
 from objectives.mrm import Mrm
@@ -97,7 +97,8 @@ def synthetic_batch(model: Model, size: int, length: int, device: torch.device |
         row[[0, -1]] = words.cls, words.sep
     texts["clean"] = pad_texts([ViewText(row) for row in ids], "full", words.pad, length)
     for name, view in model.text_views().items():
-        made = [view.make(row, starts, words, draw.sample(name, position)) for position, row in enumerate(ids)]
+        key = draws_of(name, view)
+        made = [view.make(row, starts, words, draw.sample(key, position)) for position, row in enumerate(ids)]
         texts[name] = pad_texts(made, view.attention, words.pad, length)
     names = sorted(model.image_names())
     number = torch.arange(size)

@@ -105,3 +105,20 @@ def test_patch_dropout_does_not_mix_with_hidden_patches():
     encoder = PatchConfig(**SMALL, patch_size=4, depth=2, patch_drop=0.5, mask_token=True).build()
     with pytest.raises(ValueError, match="patch_drop"):
         encoder(Images(PIXELS, masked=torch.zeros(2, 64, dtype=torch.bool)))
+
+
+def test_hybrid_reads_the_cells_of_a_cnn():
+    encoder = PatchConfig(**SMALL, hybrid="resnet18", patch_size=1, depth=0, class_token=False).build().eval()
+    assert encoder.grid == (2, 2) and encoder.num_tokens == 4 and encoder.patch_size == 16
+    cells = encoder.vit.patch_embed.backbone(encoder._normalised(PIXELS))[-1]
+    assert cells.shape == (2, 256, 2, 2)  # a sixteenth of the side
+    wanted = torch.einsum("bchw,dc->bhwd", cells, encoder.vit.patch_embed.proj.weight[:, :, 0, 0]).flatten(1, 2)
+    wanted = wanted + encoder.vit.patch_embed.proj.bias + encoder.vit.pos_embed
+    torch.testing.assert_close(encoder(Images(PIXELS)).states, wanted, rtol=1e-4, atol=1e-4)
+    assert not any("layer4" in name for name, _ in encoder.named_parameters())
+
+
+@pytest.mark.parametrize("settings", [{"hybrid": "no_such_cnn"}, {"hybrid": "resnet18", "stem": (8,)}])
+def test_a_hybrid_that_cannot_be_is_refused(settings):
+    with pytest.raises(ValueError, match=r"model\.vision\.hybrid"):
+        PatchConfig(**SMALL, **settings).build()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from encoders.types import AttentionKind, Batch, Images, Regions, Texts
-from objectives.base import AGAIN, Draw, ImageView, View, ViewText
+from objectives.base import AGAIN, Draw, ImageView, View, ViewText, draws_of
 from vlp.data.pairing import encode_segments
 from vlp.data.regions import RegionArrays, RegionLayout, region_views
 from vlp.data.tokenizer import Tokenizer
@@ -155,7 +155,8 @@ def collate(
             ids, starts = (
                 tokenizer.encode(example.other_texts[name], max_length) if name in example.other_texts else own
             )
-            made.append(view.make(ids, starts, vocabulary, draw.sample(numbered(name, number), position)))
+            key = numbered(draws_of(name, view), number)
+            made.append(view.make(ids, starts, vocabulary, draw.sample(key, position)))
         texts[name] = pad_texts(made, view.attention, vocabulary.pad, max_length)
     texts = {name: with_segments(text, segments, name) for name, text in texts.items()}
     samples = [example for example, number in zip(examples, numbers, strict=True) if number == 0]
