@@ -71,7 +71,7 @@ TEXT = {
         **SIZES, vocabulary_size=VOCABULARY, max_length=32, norm="pre", causal=True, pool="token", embed_norm=False
     ),
     "text, largest": TextConfig(**SIZES, vocabulary_size=VOCABULARY, max_length=32, causal=True, pool="largest"),
-    "text, projected": TextConfig(**SIZES, vocabulary_size=VOCABULARY, max_length=32, project=24),
+    "text, projected": TextConfig(**SIZES, vocabulary_size=VOCABULARY, max_length=32, project=32),
     "text, pooler": TextConfig(**SIZES, vocabulary_size=VOCABULARY, max_length=32, norm="pre", pool="tanh"),
     "text, bare": TextConfig(**SIZES | {"layers": 0}, vocabulary_size=VOCABULARY, max_length=32),
     "hf_text, BERT": HfTextConfig(architecture=BertConfig(
