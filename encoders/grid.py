@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 from timm.models import load_checkpoint
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from encoders.sources import local_source
 from encoders.types import Images, Tokens
 from vlp.config import Config
-
 
 FROZEN_AT_A_TIME = 64
 """Images that a frozen body runs at a time: large activations are slow to allocate on a CPU, by a factor of three."""
@@ -37,6 +37,10 @@ class GridConfig(Config):
     """Side of the square input in pixels."""
     head_conv: bool = True
     """Keep the 1x1 convolution that an EfficientNet has behind its last stage (ALIGN: off)."""
+    sample: int | None = Field(None, ge=1)
+    """Cells that training keeps of each image, drawn anew each time; all are read afterwards (Pixel-BERT: 100)."""
+    max_pool: bool = False
+    """Keep the largest value of every 2 x 2 cells (Pixel-BERT)."""
     mean_token: bool = False
     """Put the mean of all cells before them, as a [CLS] (X-VLM's Swin)."""
     freeze_norm: bool = True
@@ -114,10 +118,18 @@ class GridEncoder(nn.Module):
         if images.owner is not None:
             return self.regions(images)[0]
         found, every = self._map(images.pixels, layers)
-        cells = self._cells(found)
+        cells = self._sampled(self._cells(found))
         if self.config.mean_token:
             cells = torch.cat([cells.mean(1, keepdim=True), cells], 1)
         return Tokens(cells, None, self.body.forward_head(found, pre_logits=True), every)
+
+    def _sampled(self, cells: Tensor) -> Tensor:
+        """In training, each image's share of its cells [B, N, D], in their order (Huang et al. 2020, section 3.3)."""
+        number = self.config.sample
+        if not self.training or number is None or number >= cells.shape[1]:
+            return cells
+        drawn = torch.rand(cells.shape[:2], device=cells.device).topk(number, 1).indices.sort(1).values
+        return cells.gather(1, drawn[..., None].expand(-1, -1, cells.shape[2]))
 
     def regions(self, images: Images) -> tuple[Tokens, Tokens]:
         """Regions of pictures -> Tokens of the regions [B, N, D], and of the pictures themselves [pixels, N, D].
@@ -143,15 +155,23 @@ class GridEncoder(nn.Module):
             pixels = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         if not layers:
-            return self._features(pixels), None
+            return self._pooled(self._features(pixels)), None
         found, stages = self.body.forward_intermediates(pixels, output_fmt="NCHW")
-        return found, tuple(stage.flatten(2).transpose(1, 2) for stage in stages)
+        return self._pooled(found), tuple(stage.flatten(2).transpose(1, 2) for stage in stages)
 
     def _features(self, pixels: Tensor) -> Tensor:
         """The last stage's map. A frozen body keeps nothing for a backward, so a few images at a time cost nothing."""
         if any(weight.requires_grad for weight in self.body.parameters()):
             return self.body.forward_features(pixels)
         return torch.cat([self.body.forward_features(part) for part in pixels.split(FROZEN_AT_A_TIME)])
+
+    def _pooled(self, found: Tensor) -> Tensor:
+        """The map with the largest value of every 2 x 2 cells, where the recipe asks for it."""
+        if not self.config.max_pool:
+            return found
+        last = self._channels_last(found)
+        pooled = F.max_pool2d(found.movedim(-1, 1) if last else found, 2, ceil_mode=True)
+        return pooled.movedim(1, -1) if last else pooled
 
     def _cells(self, found: Tensor) -> Tensor:
         """The map's cells, [B, N, D]."""

@@ -53,9 +53,9 @@ class MrmConfig(Config):
     "objects", "attributes"; "NAME_scores" [B, R] there weighs the terms of NAME (LXMERT: the detector's confidence)."""
     mask_probability: float = Field(0.15, gt=0, lt=1)
     """Share of the regions that are to be predicted; at least one of an image."""
-    hidden: float = Field(1.0, ge=0, le=1)
+    hide: float = Field(1.0, ge=0, le=1)
     """Share of these whose features are hidden (ViLBERT 0.9, LXMERT 0.8)."""
-    replaced: float = Field(0.0, ge=0, le=1)
+    swap: float = Field(0.0, ge=0, le=1)
     """Share of these that show the features of another image's region (LXMERT 0.1); the others show their own."""
     overlap: float | None = Field(None, gt=0, lt=1)
     """Hide also regions that overlap one of these by more than this intersection over union (ViLBERT 0.4)."""
@@ -100,14 +100,14 @@ class MaskedRegions:
     """A share of the regions is to be predicted; most of these, and what overlaps them, are hidden."""
 
     probability: float
-    hidden: float
-    replaced: float
+    hide: float
+    swap: float
     overlap: float | None
 
     @property
     def replaces(self) -> bool:
         """Whether features of another image's regions are shown."""
-        return self.replaced > 0
+        return self.swap > 0
 
     def make(self, boxes: np.ndarray, generator: np.random.Generator) -> RegionMask:
         """Hide regions with relative corners [R, 4]."""
@@ -116,8 +116,8 @@ class MaskedRegions:
         choose, how = generator.random(number), generator.random(number)
         other = generator.integers(0, 2**30, number)
         predict = choose < max(self.probability, np.nextafter(choose.min(), 1))
-        masked = predict & (how < self.hidden)
-        replaced = predict & ~masked & (how < self.hidden + self.replaced)
+        masked = predict & (how < self.hide)
+        replaced = predict & ~masked & (how < self.hide + self.swap)
         if self.overlap is not None:
             masked |= (intersection_over_union(boxes, boxes[predict]) > self.overlap).any(1) & ~predict
         return RegionMask(masked, predict, np.where(replaced, other, -1))
@@ -173,7 +173,7 @@ class Mrm(Objective):
         self.head = RegionHead(config, width, spec)
         self.fused = Fuse("masked", config.text)
         self.needs = frozenset({self.fused})
-        self.view = MaskedRegions(config.mask_probability, config.hidden, config.replaced, config.overlap)
+        self.view = MaskedRegions(config.mask_probability, config.hide, config.swap, config.overlap)
 
     @property
     def reads(self) -> tuple[str, ...]:

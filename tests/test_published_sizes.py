@@ -24,6 +24,12 @@ def of(*names: str) -> Callable[[Parts], int]:
     return lambda parts: sum(parts[name] for name in names)
 
 
+def gelu_head(width: int, outputs: int) -> int:
+    """Linear to twice the width, norm, linear."""
+    hidden = 2 * width
+    return (width + 1) * hidden + 2 * hidden + (hidden + 1) * outputs
+
+
 # Published parameters, in which of our parts they are counted, and how near we must be; a recipe may be counted twice,
 # what is counted standing behind a comma.
 PUBLISHED: dict[str, tuple[float, Callable[[Parts], int], float]] = {
@@ -38,13 +44,20 @@ PUBLISHED: dict[str, tuple[float, Callable[[Parts], int], float]] = {
     "clip_vit_l14": (427.6e6, everything, 0.001),
     # Without codebook and heads; its towers' poolers (1.2M), which no loss reads, are not here.
     "flava": (241.4e6, of("vision", "text", "fusion", "embed"), 0.01),
+    # transformers' model for pretraining, whose head of 9,500 answers the recipe lacks.
+    "lxmert": (228.1e6, lambda parts: everything(parts) + gelu_head(768, 9500), 0.001),
     # The survey's figure, which does not say what it includes: everything, with MLM's untied output of 38.6M.
     "meter": (345e6, everything, 0.04),
     "siglip_b16": (203.2e6, everything, 0.001),
     # BERT with cross-attention and its MLM head.
     "tcl": (123.7e6, of("text", "fusion", "objectives.mlm"), 0.001),
+    # The paper's own figures: the layers and the pooler.
+    "uniter_base": (86e6, of("fusion"), 0.01),
+    "uniter_large": (303e6, of("fusion"), 0.01),
     # Blocks and patch embedding, with neither the word embeddings nor the heads.
     "vilt": (87.4e6, of("vision", "fusion"), 0.01),
+    # transformers' model for pretraining at features of 2048; its table of visual positions has 512 rows, ours one.
+    "visualbert": (112.1e6, everything, 0.005),
     # Blocks with all their feed-forwards, patch and word embeddings, without heads and projections.
     "vlmo_base": (175e6, of("vision", "text", "fusion"), 0.01),
     "xvlm": (216e6, everything, 0.01),

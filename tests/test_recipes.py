@@ -35,6 +35,13 @@ SMALL: dict[str, Callable[[Any], Any]] = {
     "vocabulary_size": lambda value: 64,
     "max_length": lambda value: 16,
     "fused_first": lambda value: None if value is None else 63,
+    "number": lambda value: 9,
+    "image_width": lambda value: None if value is None else 48,
+    "image_heads": lambda value: None if value is None else 4,
+    "image_hidden": lambda value: None if value is None else 64,
+    "cross_width": lambda value: None if value is None else 48,
+    "cross_heads": lambda value: None if value is None else 4,
+    "pooled_width": lambda value: None if value is None else 24,
     "queue": lambda value: min(value, 20),
     "micro_batch": lambda value: 6,
 }

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.layers import Attention, FeedForward, KeyValues, attention_mask, initialise
-from encoders.text import BesideConfig, StackConfig
+from encoders.text import BesideConfig, StackConfig, load_bert
 from encoders.types import AttentionKind, Tokens
 from objectives.base import Fused, Side
 from vlp.fusion.each import fuse_each, pooled_width
@@ -280,13 +280,30 @@ class Sublayers(nn.Module):
         return tuple(f"sublayers.{n}.{part}" for n, one in enumerate(self.sublayers) for part in one.unread())  # type: ignore[operator]
 
     def load_pretrained(self) -> None:
-        """There are no published weights of this part alone.
+        """Fill from ``config.init``, a BERT, where the recipe names one: what reads its own text, layer after layer.
 
-        Raises:
-            ValueError: the recipe names some.
+        A layer's feed-forward is the text stream's next one (Lu et al. 2019, ViLBERT, section 3.1).
         """
-        if self.config.init is not None:
-            raise ValueError(f"model.fusion.init {self.config.init!r}: sublayers take none; leave it out")
+        if self.config.init is None:
+            return
+        layers = nn.Module()
+        layers.blocks = nn.ModuleList(self._text_layers())
+        load_bert(layers, self.config.init, embeddings=False)
+
+    def _text_layers(self) -> list[nn.ModuleDict]:
+        """The text stream's self-attention and the feed-forward behind each, under the names of our BERT stack."""
+        halves = [sublayer.text for sublayer in self.sublayers]
+        found: list[nn.ModuleDict] = []
+        for number, description in enumerate(self.config.sublayers):
+            if "tt" not in description.split():
+                continue
+            layer = nn.ModuleDict()
+            feed = next((h for h in halves[number + 1 :] if isinstance(h, Half) and h.feed is not None), None)
+            for half, part in ((halves[number], "attention"), (feed, "feed")):
+                if isinstance(half, Half) and half.norm is not None:
+                    layer[part], layer[f"{part}_norm"] = getattr(half, part), half.norm
+            found.append(layer)
+        return found
 
     def forward(
         self,

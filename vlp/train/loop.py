@@ -203,7 +203,7 @@ def region_layout(model: Model, whole: bool) -> RegionLayout | None:
     if len(found := {one.view for one in predicting}) > 1:
         raise ValueError(
             f"objectives {[one.name for one in predicting]} hide regions in different ways; give them the same "
-            "mask_probability, hidden, replaced and overlap"
+            "mask_probability, hide, swap and overlap"
         )
     hide = next(iter(found), None)
     targets = dict.fromkeys(name for one in predicting for name in one.reads if name in NAMES and name != "features")

@@ -320,6 +320,6 @@ def test_false_tags_are_a_class_of_their_own_or_no_match(shards: str, classes: i
 
 def test_objectives_must_hide_alike() -> None:
     target = {"classes": RegionTargetConfig(outputs=CLASSES)}
-    other = MrmConfig(targets=target, hidden=0.9)
+    other = MrmConfig(targets=target, hide=0.9)
     with pytest.raises(ValueError, match="hide regions in different ways"):
         region_layout(model_of({"mlm": MlmConfig(), "a": MrmConfig(targets=target), "b": other}), whole=False)
