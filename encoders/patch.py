@@ -279,7 +279,9 @@ class PatchEncoder(nn.Module):
     def _pool(self, states: Tensor, keep: Tensor | None) -> Tensor:
         how = self.config.pool or ("class" if self.config.class_token else "mean")
         if how == "map":
-            return self.vit.attn_pool(states, attn_mask=None if keep is None else keep[:, None, None, :])
+            own = 0 if self.vit.pool_include_prefix else self.vit.num_prefix_tokens
+            seen = None if keep is None else keep[:, None, None, own:]
+            return self.vit.attn_pool(states[:, own:], attn_mask=seen)
         if self.pooler is not None:
             return torch.tanh(self.pooler(states[:, 0]))
         if how == "class":

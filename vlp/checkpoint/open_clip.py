@@ -36,6 +36,8 @@ _SCALARS = ("input_resolution", "context_length", "vocab_size")
 _IGNORED = dict.fromkeys(_SCALARS, "a number that the shapes say too") | {r"(text\.)?attn_mask": "a buffer"}
 _TRUNK = "visual.trunk."
 _GRID = "vision.body."
+_CLASSIFIERS = ("head", "head.fc", "fc")
+_ACT: tuple[Any, ...] = (None, {}, {"approximate": "tanh"})
 _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
     "vision_cfg": {
         "attentional_pool": (False,),
@@ -43,7 +45,7 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "final_ln_after_pool": (False,),
         "pool_type": ("tok",),
         "block_type": (None,),
-        "act_kwargs": (None,),
+        "act_kwargs": _ACT,
         "timm_pool": ("", "avg", "token", "tok", "map"),
         "timm_proj": ("", "linear", "none"),
     },
@@ -51,7 +53,7 @@ _ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "embed_cls": (False,),
         "hf_model_name": (None,),
         "block_type": (None,),
-        "act_kwargs": (None,),
+        "act_kwargs": _ACT,
         "pool_type": ("argmax", "last", "first", "eos"),
     },
 }
@@ -79,8 +81,10 @@ def image_names() -> tuple[Pair, ...]:
 
 def trunk_names(ours: str) -> tuple[Pair, ...]:
     """Return the names of an image tower of timm, which is called ``ours`` here."""
+    # Without a projection of open_clip's it is the model's own classifier, which timm's families call differently.
+    projections = ("visual.head.proj", *(_TRUNK + name for name in _CLASSIFIERS))
     return (
-        Pair("visual.head.proj.{p}", IMAGE_PROJECTION + "{p}"),
+        *(Pair(name + ".{p}", IMAGE_PROJECTION + "{p}") for name in projections),
         Pair(_TRUNK + "{rest}", ours + "{rest}"),
     )
 
@@ -139,6 +143,11 @@ def _check(shapes: Shapes, model: Mapping[str, Any]) -> None:
                 raise ValueError(f"open_clip's {part}.{name} {value!r} is not read by vlp; only {known[0]!r} is")
 
 
+def _activation(tower: Mapping[str, Any], quick: bool) -> str:
+    """Of one of open_clip's own towers."""
+    return "quick_gelu" if quick else "gelu_tanh" if tower.get("act_kwargs") else "gelu"
+
+
 def _vision(shapes: Shapes, model: Mapping[str, Any], config: Mapping[str, Any], quick: bool) -> dict[str, Any]:
     tower = dict(model.get("vision_cfg") or {})
     preset = openclip(config.get("preprocess_cfg") or {})
@@ -152,7 +161,7 @@ def _vision(shapes: Shapes, model: Mapping[str, Any], config: Mapping[str, Any],
         layers=count_layers(shapes, r"visual\.transformer\.resblocks\.(\d+)\."),
         heads=width // tower.get("head_width", HEAD_WIDTH) or 1,
         hidden=shapes["visual.transformer.resblocks.0.mlp.c_fc.weight"][0],
-        activation="quick_gelu" if quick else "gelu",
+        activation=_activation(tower, quick),
         eps=(tower.get("norm_kwargs") or {}).get("eps", 1e-5),
         preset=preset,
         resize="bicubic_antialias",
@@ -206,7 +215,7 @@ def _text(shapes: Shapes, model: Mapping[str, Any], quick: bool) -> dict[str, An
         layers=count_layers(shapes, prefix.replace(".", r"\.") + r"transformer\.resblocks\.(\d+)\."),
         heads=tower.get("heads", 8 if tower else max(1, words[1] // HEAD_WIDTH)),
         hidden=shapes[prefix + "transformer.resblocks.0.mlp.c_fc.weight"][0],
-        activation="quick_gelu" if quick else "gelu",
+        activation=_activation(tower, quick),
         eps=(tower.get("norm_kwargs") or {}).get("eps", 1e-5),
         pool=pool,
         causal=not tower.get("no_causal_mask", False),
@@ -221,15 +230,20 @@ def _embed(shapes: Shapes, text: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         "width": width,
         "bias": _biased(shapes, prefix),
-        "image": "linear" if {"visual.proj", "visual.head.proj.weight"} & shapes.keys() else "none",
+        "image": "linear" if "visual.proj" in shapes or _projected(shapes, "weight") else "none",
         "text": "linear" if matrix or linear else "none",
     }
     return found | ({"temperature": 0.1, "logit_bias": -10.0} if "logit_bias" in shapes else {})
 
 
+def _projected(shapes: Shapes, part: str) -> bool:
+    """Whether a timm tower's projection has a weight or bias."""
+    return any(f"{name}.{part}" in shapes for name in ("visual.head.proj", *(_TRUNK + one for one in _CLASSIFIERS)))
+
+
 def _biased(shapes: Shapes, prefix: str) -> bool | str:
     """Which projections have a bias."""
-    image, text = "visual.head.proj.bias" in shapes, prefix + "text_projection.bias" in shapes
+    image, text = _projected(shapes, "bias"), prefix + "text_projection.bias" in shapes
     return image if image == text else "image" if image else "text"
 
 

@@ -104,7 +104,8 @@ def _native_problem(loaded: Loaded) -> str | None:
         (not vision.class_token or vision.pool not in (None, "class"), "its image is not pooled at a class token"),
         (isinstance(vit_of(loaded).norm_pre, nn.Identity), "its image tower has no norm before the blocks"),
         (text_config(loaded).pool not in _POOLS, f"its texts are pooled by {text_config(loaded).pool}"),
-        (image.activation != text.activation, "its towers have unlike activations"),
+        (not {image.activation, text.activation} <= {"quick_gelu", "gelu", "gelu_tanh"}, "its activation is no GELU"),
+        ((image.activation == "quick_gelu") != (text.activation == "quick_gelu"), "one tower alone has QuickGELU"),
         (image.width % image.heads != 0, "its image tower's width is no multiple of its heads"),
     )
 
@@ -134,10 +135,7 @@ def _trunk_problem(loaded: Loaded) -> str | None:
     vision = vision_config(loaded)
     sizes = {"patch_size", "width", "depth", "heads", "eps", "stem", "arguments"}
     changed = sorted(name for name in sizes if getattr(vision, name))
-    return first_problem(
-        (bool(changed), f"its image tower is timm's {vision.model} with another {', '.join(changed)}"),
-        (text_config(loaded).activation == "gelu_tanh", "its text tower's activation is not timm's"),
-    )
+    return first_problem((bool(changed), f"its image tower is timm's {vision.model} with another {', '.join(changed)}"))
 
 
 def _trunk(state: Mapping[str, Tensor], loaded: Loaded) -> Exported:

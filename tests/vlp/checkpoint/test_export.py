@@ -113,7 +113,7 @@ def test_clip_of_open_clip(name: str, to: str, tmp_path: Path) -> None:
     check(vlp.load(tmp_path / "in"), tmp_path / "out", to, *inputs(config["vision_cfg"]["image_size"]))
 
 
-@pytest.mark.parametrize("name", ["scaled", "first", "custom", "siglip", "timm"])
+@pytest.mark.parametrize("name", ["scaled", "first", "custom", "siglip", "tanh", "timm"])
 def test_other_models_of_open_clip(name: str, tmp_path: Path) -> None:
     config = model_config(name)
     assert name in MODELS

@@ -38,7 +38,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "eos": {"text_cfg": {"pool_type": "eos", "eos_id": 98}},
     "custom": {"custom_text": True},
     "siglip": {"custom_text": True, "init_logit_bias": -10, "text_cfg": SIGLIP},
+    "siglip2": {
+        "custom_text": True,
+        "init_logit_bias": -10,
+        "text_cfg": SIGLIP | {"act_kwargs": {"approximate": "tanh"}},
+    },
+    "tanh": {"vision_cfg": {"act_kwargs": {"approximate": "tanh"}}},
     "timm": {"custom_text": True, "vision_cfg": TIMM},
+    "timm's classifier": {"custom_text": True, "vision_cfg": TIMM | {"timm_proj": None, "timm_pool": "token"}},
+    "resnet": {
+        "custom_text": True,
+        "vision_cfg": {"timm_model_name": "resnet10t", "image_size": 64, "timm_pool": "", "timm_proj": "linear"},
+    },
+    "mobile": {
+        "custom_text": True,
+        "text_cfg": {"no_causal_mask": True},
+        "vision_cfg": {"timm_model_name": "resnet10t", "image_size": 64, "timm_pool": "avg", "timm_proj": None},
+    },
 }
 
 
