@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encoders.types import AttentionKind, Batch, Images, Modality, Texts, Tokens
-from objectives.base import MAIN, WHOLE, Decode, Embed, Encode, Fuse, Fused, Pass, Results, Rows
+from objectives.base import MAIN, WHOLE, Decode, Embed, Encode, Fuse, Fused, Objective, Pass, Results, Rows
 from objectives.collectives import gather_grad_to_all, gather_no_grad, world_size
 from vlp.multimodal import Multimodal
 
@@ -44,6 +44,18 @@ def _without_teacher(one: Pass) -> Pass:
     if isinstance(one, Decode):
         return replace(one, memory=replace(one.memory, teacher=False), teacher=False)
     return replace(one, teacher=False)
+
+
+def row_givers(objectives: Mapping[str, Objective], name: str) -> list[str]:
+    """Return the other objectives that draw the pairs which an objective reads (WRA those of ITM)."""
+    wanted = {one.rows for one in objectives[name].needs if isinstance(one, Fuse) and one.rows}
+    return [
+        other
+        for other, objective in objectives.items()
+        if other != name
+        and type(objective).rows is not Objective.rows
+        and wanted & {one.rows for one in objective.needs if isinstance(one, Fuse)}
+    ]
 
 
 def views(passes: Iterable[Pass]) -> dict[Modality, set[str]]:

@@ -33,7 +33,7 @@ from vlp.config import to_yaml
 from vlp.data.batch import hide_patches, pad_texts
 from vlp.model import Model, build_model
 from vlp.parts import parameters_by_part
-from vlp.passes import Step, close, views
+from vlp.passes import Step, close, row_givers, views
 from vlp.run import RunConfig, settle
 
 
@@ -216,6 +216,8 @@ def _num_rows(result: Tensor | Tokens | Fused) -> int:
 def flops(model: Model, batch: Batch) -> tuple[float, dict[str, float]]:
     """Count forward FLOPs per sample, a multiply-add as two: (all objectives at once, each objective alone).
 
+    One that reads the pairs of another is not quite alone.
+
     ``batch`` must be on the meta device: on CPU the counter misses attention.
     """
 
@@ -224,8 +226,8 @@ def flops(model: Model, batch: Batch) -> tuple[float, dict[str, float]]:
             model.losses(batch, Draw(), names)
         return counter.get_total_flops() / max(batch.num_images, batch.num_texts)
 
-    names = list(model.active(batch))
-    return count(names), {name: count([name]) for name in names}
+    active = model.active(batch)
+    return count(list(active)), {name: count([*row_givers(active, name), name]) for name in active}
 
 
 def show(run: RunConfig) -> RenderableType:

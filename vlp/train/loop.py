@@ -118,7 +118,7 @@ def train(
         NonFiniteError: a loss or gradient was not finite; nothing was updated, the batch lies in the folder.
     """
     config = parts.run.train
-    check_sample(config.sample, parts.model.objectives)
+    check_sample(config.sample, dict(parts.model.objectives.items()))  # type: ignore[arg-type]
     freeze_parts(parts.model, config.optim)
     model = wrap(parts.model.to(device).train(), config, device)
     loader = open_loader(parts, prepare)

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_model
 
+from objectives import ItmConfig, MlmConfig, WraConfig
 from vlp.train.loop import Meter
 from vlp.train.sample import check_sample, sampled
 from vlp.train.step import StepReport
+
+
+def objectives(*names: str) -> dict[str, Any]:
+    known = {"itm": ItmConfig(scheme="replace_image"), "wra": WraConfig(), "mlm": MlmConfig()}
+    return dict(tiny_model("single_stream", {name: known[name] for name in names}).objectives.items())
+
 
 UNITER = {"itm+wra": 9, "mlm": 12, "mrfr": 6, "mrc": 6}
 
@@ -38,9 +47,16 @@ def test_a_step_is_drawn_by_seed_and_samples_alone() -> None:
 )
 def test_ratios_must_fit_the_objectives(sample: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        check_sample(sample, ["mlm", "itm"])
-    check_sample({}, ["mlm"])
-    check_sample({"itm+mlm": 1}, ["mlm", "itm"])
+        check_sample(sample, objectives("mlm", "itm"))
+    check_sample({}, objectives("mlm"))
+    check_sample({"itm+mlm": 1}, objectives("mlm", "itm"))
+
+
+def test_what_reads_the_pairs_of_another_is_trained_with_it() -> None:
+    found = objectives("itm", "wra", "mlm")
+    check_sample({"itm+wra": 1, "mlm": 1}, found)
+    with pytest.raises(ValueError, match=r"train.sample wra reads the pairs of itm; join them: itm\+wra"):
+        check_sample({"itm": 1, "wra": 1, "mlm": 1}, found)
 
 
 def test_means_are_over_the_steps_that_trained_an_objective() -> None:
