@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from encoders.layers import Activation, initialise
 from encoders.types import Batch, Images
 from objectives.base import Draw, Encode, Fuse, Fused, LossOutput, ModelSpec, Objective, Results, Side
-from objectives.heads import VocabularyHead, labelled
+from objectives.heads import WordHead, labelled, word_head
 from objectives.pairs import image_of_text, matched
 from vlp.config import Config
 
@@ -40,6 +40,8 @@ class MimConfig(Config):
     """Share of the patches that is hidden, in blocks (FLAVA 75 of 196, BEiT-3 0.4)."""
     block: int = Field(16, ge=1)
     """Patches of the smallest block; of a smaller image a twelfth."""
+    head: WordHead = "bert"
+    """What gives the codes' scores: BERT's prediction head (FLAVA), or one linear map (BEiT-3)."""
     activation: Activation = "gelu"
     """Activation inside the head."""
     eps: float | None = None
@@ -123,7 +125,7 @@ class Mim(Objective):
         assert width is not None
         if config.target == "codes":
             eps = spec.text_eps if config.eps is None else config.eps
-            self.head: nn.Module = VocabularyHead(width, config.codes, None, activation=config.activation, eps=eps)
+            self.head = word_head(config.head, width, config.codes, None, eps, activation=config.activation)
         else:
             self.head = nn.Linear(width, 3 * spec.patch_size**2)
             initialise(self.head)

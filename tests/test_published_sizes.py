@@ -35,6 +35,8 @@ def gelu_head(width: int, outputs: int) -> int:
 PUBLISHED: dict[str, tuple[float, Callable[[Parts], int], float]] = {
     # 123.7M text (BERT with cross-attention and its MLM head) + 85.8M image; projections and ITM head not counted.
     "albef": (209.5e6, of("vision", "text", "fusion", "objectives.mlm"), 0.001),
+    # Both heads counted, the codebook not.
+    "beit3_base": (276e6, of("vision", "text", "fusion", "objectives.mlm", "objectives.mim"), 0.01),
     # As retrieval counts it: image, text with cross-attention, projections, ITM head (transformers' class).
     "blip": (223.7e6, of("vision", "text", "fusion", "embed", "objectives.itm"), 0.001),
     # With all shared but the decoder's self-attention (paper).

@@ -184,6 +184,7 @@ def test_codes_of_the_codebook() -> None:
 
 
 def test_published_codebook(tmp_path: Path) -> None:
+    torch.manual_seed(0)  # with some weights all codes are one
     theirs = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, num_blocks_per_group=2, vocab_size=CODES))
     for one in theirs.parameters():
         torch.nn.init.normal_(one, std=0.3)
@@ -209,3 +210,14 @@ def test_what_cannot_be_is_refused() -> None:
             ModelConfig(vision=PatchConfig(image_size=16, patch_size=4, width=16, depth=1, heads=2), text=config.text),
             {"mim": MimConfig()},
         )
+
+
+def test_scores_may_be_one_linear_map():
+    """BEiT-3's head; its loss by hand, over hidden patches that see the text."""
+    found = model({"mmm_image": MimConfig(codes=CODES, head="linear"), "mmm_text": MlmConfig(image="masked")}).eval()
+    head, batch = found.objectives["mmm_image"].head, pairs()
+    assert isinstance(head, torch.nn.Linear) and head.weight.shape == (CODES, 16)
+    states = found.run([Fuse("masked", "masked")], batch)[Fuse("masked", "masked")].image.states[:, -16:]
+    hidden, codes = batch.images["masked"].masked, batch.images["masked"].targets["codes"]
+    wanted = F.cross_entropy(states[hidden] @ head.weight.T + head.bias, codes[hidden])
+    torch.testing.assert_close(found.losses(batch, Draw())["mmm_image"].loss, wanted)
