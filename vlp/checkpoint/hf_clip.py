@@ -133,14 +133,15 @@ def preset_of(config: Mapping[str, Any], default: Preset) -> tuple[Preset, tuple
 def _vision(shapes: Shapes, config: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
     tower = section(config, "vision_config")
     width = shapes["vision_model.embeddings.patch_embedding.weight"][0]
-    first = next(name for name in shapes if re.fullmatch(r"vision_model\.encoder\.layers?\.0\.mlp\.fc1\.weight", name))
+    named = (f"vision_model.encoder.{layer}.0.mlp.fc1.weight" for layer in ("layer", "layers"))
+    hidden = next((shapes[name] for name in named if name in shapes), (0,))[0]
     return patch_tower(
         shapes,
         "vision_model.embeddings.patch_embedding.weight",
         "vision_model.embeddings.position_embedding.weight",
         layers=count_layers(shapes, r"vision_model\.encoder\.layers?\.(\d+)\."),
         heads=tower.get("num_attention_heads", 12 if tower else max(1, width // HEAD_WIDTH)),
-        hidden=shapes[first][0],
+        hidden=hidden,
         activation=activation_of(tower, "quick_gelu"),
         eps=tower.get("layer_norm_eps", 1e-5),
         preset=preset,
