@@ -37,8 +37,9 @@ PUBLISHED: dict[str, tuple[float, Callable[[Parts], int], float]] = {
     "albef": (209.5e6, of("vision", "text", "fusion", "objectives.mlm"), 0.001),
     # Both heads counted, the codebook not.
     "beit3_base": (276e6, of("vision", "text", "fusion", "objectives.mlm", "objectives.mim"), 0.01),
-    # As retrieval counts it: image, text with cross-attention, projections, ITM head (transformers' class).
-    "blip": (223.7e6, of("vision", "text", "fusion", "embed", "objectives.itm"), 0.001),
+    # As retrieval counts it: image, text with cross-attention, projections, ITM head (transformers' class, whose images
+    # of 384 pixels have 380 positions more).
+    "blip": (223.7e6 - 380 * 768, of("vision", "text", "fusion", "embed", "objectives.itm"), 0.001),
     # With all shared but the decoder's self-attention (paper).
     "blip, decoder": (252e6, everything, 0.01),
     "clip_vit_b16": (149.6e6, everything, 0.001),
