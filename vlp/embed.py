@@ -6,6 +6,8 @@ Shapes: B images, T texts, D width, E embedding.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 from encoders.layers import initialise
 from encoders.types import Modality
+from objectives.base import Embed, Results
 from objectives.itc import similarities
 from vlp.config import Config
 
@@ -88,3 +91,25 @@ class EmbedSpace(nn.Module):
         vectors = self.project(modality, pooled)
         # Half precision would keep the norm, and with it every similarity, to three digits only.
         return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
+
+
+@dataclass(frozen=True)
+class EmbedGradients:
+    """What a loss over a whole step gives a micro-batch's embeds (``vlp.train.accumulate``)."""
+
+    embeds: Mapping[Embed, Tensor]
+    """Gradient of each embed, [B or T, E]."""
+    spaces: Mapping[str, Tensor]
+    """Gradient of each space's log scale (and bias, where it has one), [1 or 2], by branch."""
+
+    def surrogate(self, results: Results) -> Tensor:
+        """Return a scalar whose gradients are these; its value means nothing."""
+        parts = [(results[one] * gradient).sum() for one, gradient in self.embeds.items()]
+        parts += [(calibration(results, branch) * gradient).sum() for branch, gradient in self.spaces.items()]
+        return torch.stack(parts).sum()
+
+
+def calibration(results: Results, branch: str) -> Tensor:
+    """Return the log scale of a space and its bias, where it has one, [1 or 2]."""
+    parts = [found[branch] for found in (results.scales, results.biases) if branch in found]
+    return torch.cat(parts)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,11 +24,7 @@ from objectives import ObjectiveConfig
 from objectives.base import (
     AGAIN,
     MAIN,
-    Decode,
     Draw,
-    Embed,
-    Encode,
-    Fuse,
     ImageView,
     LossOutput,
     ModelSpec,
@@ -42,9 +37,10 @@ from objectives.base import (
 )
 from objectives.collectives import sum_no_grad, world_size
 from vlp.config import Config
-from vlp.embed import EmbedConfig, EmbedSpace
+from vlp.embed import EmbedConfig, EmbedGradients, EmbedSpace
+from vlp.fit import misfits
 from vlp.fusion import Fusion, FusionConfig, NoFusionConfig
-from vlp.fusion.dual import DualStream, DualStreamConfig
+from vlp.fusion.dual import DualStreamConfig
 from vlp.fusion.multiway import MultiwayConfig
 from vlp.multimodal import AnyDecoder, AnyDecoderConfig
 from vlp.parts import part_seed
@@ -52,8 +48,6 @@ from vlp.passes import Step, close, views
 from vlp.teacher import Teacher
 
 logger = logging.getLogger(__name__)
-
-MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 
 class ModelConfig(Config):
@@ -78,28 +72,6 @@ class ModelConfig(Config):
     """Share of the momentum teacher's weights that a step keeps, where an objective has a teacher (ALBEF, BLIP)."""
     teacher_view: Literal["clean", "again"] = "clean"
     """Images that the teacher sees: the student's, or another augmentation of each (TCL)."""
-
-
-@dataclass(frozen=True)
-class EmbedGradients:
-    """What a loss over a whole step gives a micro-batch's embeds (``vlp.train.accumulate``)."""
-
-    embeds: Mapping[Embed, Tensor]
-    """Gradient of each embed, [B or T, E]."""
-    spaces: Mapping[str, Tensor]
-    """Gradient of each space's log scale (and bias, where it has one), [1 or 2], by branch."""
-
-    def surrogate(self, results: Results) -> Tensor:
-        """Return a scalar whose gradients are these; its value means nothing."""
-        parts = [(results[one] * gradient).sum() for one, gradient in self.embeds.items()]
-        parts += [(calibration(results, branch) * gradient).sum() for branch, gradient in self.spaces.items()]
-        return torch.stack(parts).sum()
-
-
-def calibration(results: Results, branch: str) -> Tensor:
-    """Return the log scale of a space and its bias, where it has one, [1 or 2]."""
-    parts = [found[branch] for found in (results.scales, results.biases) if branch in found]
-    return torch.cat(parts)
 
 
 class Model(nn.Module):
@@ -153,7 +125,8 @@ class Model(nn.Module):
         self.teacher = self._build_teacher()
         parts = {"vision": self.vision, "text": self.text, "fusion": self.fusion, "decoder": self.decoder}
         self.config = config.model_copy(update={name: part.config for name, part in parts.items() if part is not None})
-        self._check(config)
+        if problems := misfits(self, config):
+            raise ValueError("; ".join(problems))
 
     def _build_decoder(self, config: ModelConfig) -> AnyDecoder | None:
         if config.decoder is None:
@@ -169,7 +142,7 @@ class Model(nn.Module):
         passes = [one for one in close(self.needs()) if one.teacher]
         if not passes:
             return None
-        return Teacher(self, passes, [name for name, one in self._objectives() if one.teaches_head])
+        return Teacher(self, passes, [name for name, one in self.named_objectives() if one.teaches_head])
 
     @staticmethod
     def _reads(config: ModelConfig, objectives: Mapping[str, ObjectiveConfig]) -> frozenset[Side]:
@@ -231,54 +204,8 @@ class Model(nn.Module):
             feature_projection=getattr(self.vision, "feature_projection", None),
         )
 
-    def _check(self, config: ModelConfig) -> None:
-        """Refuse combinations that cannot work, all at once."""
-        problems = []
-        needs = close(self.needs())  # a decoder may be the only reader of a fusion
-        read = views(needs)
-        for modality in MODALITIES:
-            if self.objectives and not read[modality] and not any(one.one_modality for _, one in self._objectives()):
-                problems.append(
-                    f"no objective of {sorted(self.objectives)} reads {modality}s; add itc, or itm with a fusion"
-                )
-        if self.fusion is not None and self.objectives:
-            towers = [
-                m
-                for m in MODALITIES
-                if self.is_tower(m) and any(isinstance(p, Encode | Embed) and p.modality == m for p in needs)
-            ]
-            if "image" in towers and isinstance(self.fusion, DualStream):
-                problems.append(
-                    "model.vision.depth 0 makes the fusion the image tower, which dual_stream cannot be; use "
-                    "model.fusion.kind single_stream, or a vision encoder with blocks"
-                )
-            if not towers and not any(isinstance(p, Fuse) for p in needs) and not config.keep_unread:
-                problems.append(
-                    f"no objective of {sorted(self.objectives)} uses model.fusion.kind {config.fusion.kind}; "
-                    "add itm or mlm, or set model.fusion.kind none"
-                )
-        if self.decoder is not None and self.objectives and not any(isinstance(p, Decode) for p in needs):
-            problems.append(
-                f"no objective of {sorted(self.objectives)} uses model.decoder; add lm, or set model.decoder none"
-            )
-        pairing = [one for _, one in self._objectives() if type(one).rows is not Objective.rows]
-        given = {one.rows for objective in pairing for one in objective.needs if isinstance(one, Fuse)}
-        for name, objective in self._objectives():
-            for one in objective.needs:
-                if isinstance(one, Fuse) and one.rows not in {None, *given}:
-                    problems.append(
-                        f"objective {name} reads the pairs of objective {one.rows}, which is missing; add it"
-                    )
-                view = objective.views.get(one.text or "") if isinstance(one, Fuse) else None
-                if view is not None and self.fusion is not None and view.attention not in self.fusion.attention_kinds:
-                    problems.append(
-                        f"objective {name} reads {view.attention} text, which fusion {config.fusion.kind} would "
-                        f"leak; it can read {self.fusion.attention_kinds}: use attention cross or single_stream"
-                    )
-        if problems:
-            raise ValueError("; ".join(problems))
-
-    def _objectives(self) -> Iterator[tuple[str, Objective]]:
+    def named_objectives(self) -> Iterator[tuple[str, Objective]]:
+        """Give each objective with its name."""
         for name, module in self.objectives.items():
             assert isinstance(module, Objective)
             yield name, module
@@ -287,12 +214,12 @@ class Model(nn.Module):
         """Prepare an optimizer step: the teacher follows the student, then every objective's own preparation."""
         if self.teacher is not None:
             self.teacher.update(self, self.config.momentum)
-        for _, objective in self._objectives():
+        for _, objective in self.named_objectives():
             objective.before_step()
 
     def after_step(self) -> None:
         """Run every objective's :meth:`Objective.after_step`."""
-        for _, objective in self._objectives():
+        for _, objective in self.named_objectives():
             objective.after_step()
 
     def load_pretrained(self) -> None:
@@ -306,7 +233,7 @@ class Model(nn.Module):
     def needs(self, names: Iterable[str] | None = None) -> frozenset[Pass]:
         """Return the union of what the objectives (of these names) need."""
         wanted = None if names is None else set(names)
-        return frozenset[Pass]().union(*(o.needs for n, o in self._objectives() if wanted is None or n in wanted))
+        return frozenset[Pass]().union(*(o.needs for n, o in self.named_objectives() if wanted is None or n in wanted))
 
     def text_views(self) -> dict[str, View]:
         """Return how the text views of all objectives are made.
@@ -315,7 +242,7 @@ class Model(nn.Module):
             ValueError: two objectives ask for the same name with different definitions.
         """
         found: dict[str, View] = {}
-        for name, objective in self._objectives():
+        for name, objective in self.named_objectives():
             for view_name, view in objective.views.items():
                 if found.setdefault(view_name, view) != view:
                     raise ValueError(
@@ -336,7 +263,7 @@ class Model(nn.Module):
             ValueError: two objectives ask for the same name with different definitions.
         """
         found: dict[str, ImageView] = {}
-        for name, objective in self._objectives():
+        for name, objective in self.named_objectives():
             for view_name, view in objective.image_views.items():
                 if found.setdefault(view_name, view) != view:
                     raise ValueError(
@@ -391,7 +318,7 @@ class Model(nn.Module):
         Raises:
             ValueError: none, or a name is unknown.
         """
-        known = dict(self._objectives())
+        known = dict(self.named_objectives())
         wanted = list(known) if names is None else list(names)
         if unknown := [name for name in wanted if name not in known]:
             raise ValueError(f"unknown objectives {unknown}; the model has {sorted(known)}")

@@ -14,6 +14,7 @@ from vlp.model import Model
 from vlp.parts import parameters_by_part
 
 if TYPE_CHECKING:
+    from vlp.checkpoint.load import LoadedConfig
     from vlp.run import RunConfig
 
 _TEMPLATE = """\
@@ -90,7 +91,7 @@ weights that training began from allow.
 
 
 def model_card(
-    run: RunConfig,
+    run: RunConfig | LoadedConfig,
     metrics: Mapping[str, Any],
     command: str,
     model: Model,

@@ -127,11 +127,9 @@ def choose(loaded: Loaded, to: str) -> Exporter:
 
 def _save_own(loaded: Loaded, folder: Path, command: str) -> None:
     """Write a checkpoint of ours; without a tokenizer at hand its config names where that is published."""
-    from vlp.run import RunConfig
-
     model = loaded.model
-    run = RunConfig(model=model.config, objectives=model.objective_configs, data=loaded.config.data)
-    save_checkpoint(folder, model, run, _Words(loaded), model_card(run, {}, command, model))
+    tree = loaded.config.model_copy(update={"model": model.config, "objectives": model.objective_configs})
+    save_checkpoint(folder, model, tree, _Words(loaded), model_card(tree, {}, command, model))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from encoders.types import Batch, Images, Texts
 from objectives.base import Draw, Embed, LossOutput, Objective, Results
 from objectives.collectives import world_size
 from objectives.pairs import image_of_text
-from vlp.model import EmbedGradients
+from vlp.embed import EmbedGradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable
