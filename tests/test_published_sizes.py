@@ -57,6 +57,7 @@ PUBLISHED: dict[str, tuple[float, Callable[[Parts], int], float]] = {
     # The paper's own figures: the layers and the pooler.
     "uniter_base": (86e6, of("fusion"), 0.01),
     "uniter_large": (303e6, of("fusion"), 0.01),
+    "villa": (86e6, of("fusion"), 0.01),
     # Blocks and patch embedding, with neither the word embeddings nor the heads.
     "vilt": (87.4e6, of("vision", "fusion"), 0.01),
     # transformers' model for pretraining at features of 2048; its table of visual positions has 512 rows, ours one.

@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from helpers import exact_losses, split_batch, tiny_batch, tiny_model
 
 from objectives import ItmConfig, MlmConfig
+from vlp.train.adversarial import AdversarialConfig
 from vlp.train.loop import TrainConfig, wrap
 from vlp.train.optim import OptimConfig
 from vlp.train.sample import sampled
@@ -17,11 +18,13 @@ from vlp.train.step import TrainStep
 OBJECTIVES = {"itm": ItmConfig(), "mlm": MlmConfig()}
 CONFIG = TrainConfig(sample={"itm": 1.0, "mlm": 1.0}, optim=OptimConfig(lr=1e-3, eps=1e-2, clip_norm=None))
 STEPS = 5
+NOISE = {"none": None, "noise": AdversarialConfig(modality="text", lr=0.1)}
 
 
-def train(rank: int | None) -> dict[str, torch.Tensor]:
+def train(rank: int | None, noise: str) -> dict[str, torch.Tensor]:
     model = tiny_model("dual_stream", OBJECTIVES).double().train()
-    step = TrainStep(wrap(model, CONFIG, torch.device("cpu")), CONFIG.optim, seed=3, total=8 * STEPS)
+    wrapped = wrap(model, CONFIG, torch.device("cpu"))
+    step = TrainStep(wrapped, CONFIG.optim, seed=3, total=8 * STEPS, adversarial=NOISE[noise])
     trained = []
     for number in range(STEPS):
         groups = split_batch(tiny_batch(8, first=8 * number, seen=8 * number), (4, 4))
@@ -38,7 +41,7 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         with exact_losses():
-            torch.save(train(rank), f"{folder}/{rank}.pt")
+            torch.save({noise: train(rank, noise) for noise in NOISE}, f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -47,7 +50,11 @@ def test_two_processes_equal_one(tmp_path_factory: pytest.TempPathFactory) -> No
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(work, (str(folder),), nprocs=2)
     with exact_losses():
-        wanted = train(None)
+        wanted = {noise: train(None, noise) for noise in NOISE}
+    name = "text.embeddings.word.weight"
+    assert not torch.allclose(wanted["none"][name], wanted["noise"][name], rtol=1e-6)
     for rank in range(2):
-        for name, value in torch.load(folder / f"{rank}.pt").items():
-            torch.testing.assert_close(value, wanted[name], rtol=1e-7, atol=1e-9)
+        found = torch.load(folder / f"{rank}.pt")
+        for noise, weights in wanted.items():
+            for name, value in weights.items():
+                torch.testing.assert_close(found[noise][name], value, rtol=1e-7, atol=1e-9)

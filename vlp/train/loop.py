@@ -25,6 +25,7 @@ from vlp.data.fetch import Prepare, pair_example
 from vlp.data.loader import Loader
 from vlp.data.regions import NAMES, RegionLayout
 from vlp.model import Model
+from vlp.train.adversarial import AdversarialConfig
 from vlp.train.health import Watch, chance_levels
 from vlp.train.log import RunLog
 from vlp.train.optim import OptimConfig, freeze_parts
@@ -56,6 +57,8 @@ class TrainConfig(Config):
     sample: dict[str, float] = Field(default_factory=dict)
     """Each step trains one of these, drawn by their ratios: an objective, or several joined by `+` (UNITER: `mlm: 12`,
     `itm+wra: 9`); empty = every step trains all objectives."""
+    adversarial: AdversarialConfig | None = None
+    """Noise on words or regions that raises the loss (VILLA); none = no noise."""
     seed: int = 0
     """Of initial weights, data order, masks and negatives."""
     save_every: int | None = None
@@ -122,7 +125,10 @@ def train(
     freeze_parts(parts.model, config.optim)
     model = wrap(parts.model.to(device).train(), config, device)
     loader = open_loader(parts, prepare)
-    step = TrainStep(model, config.optim, seed=config.seed, total=config.samples, precision=config.precision)
+    if config.compile and config.adversarial:
+        raise ValueError("train.adversarial changes what parts of the model read, which train.compile fixes; set one")
+    more = {"precision": config.precision, "adversarial": config.adversarial}
+    step = TrainStep(model, config.optim, seed=config.seed, total=config.samples, **more)  # type: ignore[arg-type]
     state = TrainState(folder, parts, step, command, keep=config.keep)
     meter = Meter(device)
     if restored is not None:

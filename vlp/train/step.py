@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -23,6 +24,7 @@ from objectives.collectives import rank, sum_no_grad, world_size
 from objectives.itc import ItcConfig
 from vlp.model import EmbedGradients, Model, global_counts
 from vlp.train.accumulate import StepContrast, contrast_step, seed_dropout, whole_step_objectives
+from vlp.train.adversarial import AdversarialConfig, Adversary
 from vlp.train.optim import OptimConfig, build_average, build_optimizer, learning_rate, set_learning_rate
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16"]
@@ -64,6 +66,7 @@ class TrainStep:
         seed: the run's.
         total: samples of the whole run.
         precision: "auto": bf16 autocast on CUDA, fp32 elsewhere.
+        adversarial: noise that each micro-batch is run with; None: none.
 
     Attributes:
         average: the moving average of the weights, in ``average.module``; None if the recipe asks for none.
@@ -73,13 +76,21 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: nn.Module, config: OptimConfig, *, seed: int, total: int, precision: Precision = "auto"
+        self,
+        model: nn.Module,
+        config: OptimConfig,
+        *,
+        seed: int,
+        total: int,
+        precision: Precision = "auto",
+        adversarial: AdversarialConfig | None = None,
     ) -> None:
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         assert isinstance(inner, Model)
         learning_rate(config, 0, total)  # a warmup that does not fit is an error now, not at the first step
         self.wrapped, self.model = model, inner
         self.config, self.seed, self.total = config, seed, total
+        self.adversary = None if adversarial is None else Adversary(inner, adversarial, seed)
         self.device = inner.device
         self.bf16 = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
         self.optimizer = build_optimizer(inner, config)
@@ -162,13 +173,25 @@ class TrainStep:
         for index, (batch, draw) in enumerate(zip(batches, draws, strict=True)):
             received: EmbedGradients | None = contrast.gradients[index] if contrast.gradients else None
             chosen = [name for name in counts[index] if name not in contrast.outputs]
-            with self._sync(index == last):
-                seed_dropout(draw)
-                with self._precision():
-                    loss, outputs = self.wrapped(batch, draw, totals, chosen, received)
-                loss.backward()
+            forward = partial(self._forward, batch, draw, totals, chosen, received)
+            if self.adversary is None:
+                with self._sync(index == last):
+                    loss, outputs = forward()
+                    loss.backward()
+            else:
+                sync = partial(self._sync_if, index == last)
+                outputs = self.adversary.backward(forward, chosen, started, 1 / number, sync)
             terms.append((outputs, counts[index]))
         return self._mean(terms, totals)
+
+    def _forward(self, batch: Batch, draw: Draw, *rest: Any) -> tuple[Tensor, dict[str, LossOutput]]:
+        """Run the wrapped model; the same again gives the same."""
+        seed_dropout(draw)
+        with self._precision():
+            return self.wrapped(batch, draw, *rest)
+
+    def _sync_if(self, last_batch: bool, last_run: bool) -> AbstractContextManager:
+        return self._sync(last_batch and last_run)
 
     def _sync(self, last: bool) -> AbstractContextManager:
         """Let DDP average the gradients once a step: while the last micro-batch runs backward."""
