@@ -130,7 +130,7 @@ def load_foreign(
         found = build(LoadedConfig, Layer(recipe.tree, f"{family.name} checkpoint"), Layer(settings or {}, "settings="))
         model = build_model(found.model, found.objectives, pretrained=False)
         renamed = family.rename(state)
-    unknown = {name: state[name] for name in renamed.unexpected}
+    unknown = {name: state.get(name, torch.empty(0)) for name in renamed.unexpected}  # some families rename twice
     report = load_weights(
         model,
         {**renamed.state, **unknown},
