@@ -84,6 +84,8 @@ def captions(reader: Reader, data: DataConfig) -> Iterator[str]:
             yield from decode_texts(raw, text=data.text)
             if data.alternates is not None:
                 yield from decode_texts(raw, text=data.alternates)
+            if data.pairing is not None and data.pairing.second not in (None, "captions"):
+                yield from decode_texts(raw, text=data.pairing.second)
         except BadSample:
             continue
 

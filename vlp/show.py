@@ -242,6 +242,7 @@ def show(run: RunConfig) -> RenderableType:
     return Group(
         Syntax(to_yaml(run), "yaml", background_color="default", word_wrap=True),
         _plan_table(plan_rows(model, batch)),
+        *([] if not run.train.sample else [_sampled(run.train.sample)]),
         _parameter_table(parameters_by_part(model)),
         _flops_table(*flops(model, batch)),
     )
@@ -262,6 +263,15 @@ def _plan_table(plan: Plan) -> RenderableType:
     fused = sum(row.rows for row in plan.rows if row.kind == "fuse")
     text = f"Calls: {calls}" + (f"; {fused:g} fused rows per sample" if fused else "")
     return Group(table, Text(text))
+
+
+def _sampled(sample: Mapping[str, float]) -> Text:
+    """Say that a step computes a part of the plan."""
+    total = sum(sample.values())
+    shares = ", ".join(
+        f"{group.replace('+', ' with ')} in {100 * ratio / total:.0f} %" for group, ratio in sample.items()
+    )
+    return Text(f"Each step trains a part of this: {shares} of the steps")
 
 
 def _parameter_table(parts: dict[str, int]) -> Table:
