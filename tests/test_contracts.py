@@ -23,12 +23,14 @@ from encoders.types import Batch, Images, Texts, Tokens
 from objectives import (
     AnswerConfig,
     AssignConfig,
+    IntraConfig,
     ItcConfig,
     ItmConfig,
     LmConfig,
     MlmConfig,
     ObjectiveConfig,
     SigmoidConfig,
+    TokenItcConfig,
 )
 from objectives.base import Decode, Draw, Encode, Fuse, Fused, Side
 from vlp.decoder import DecoderConfig
@@ -115,6 +117,8 @@ OBJECTIVES: dict[str, dict[str, ObjectiveConfig]] = {
     "itc": {"itc": ItcConfig()},
     "itc, smoothed": {"itc": ItcConfig(label_smoothing=0.1)},
     "sigmoid": {"sigmoid": SigmoidConfig()},
+    "token_itc": {"token_itc": TokenItcConfig()},
+    "intra": {"itc": ItcConfig(), "intra": IntraConfig(local=False, queue=6)},
     "itc, queue": {"itc": ItcConfig(queue=6, distill=0.4), "itm": ItmConfig()},
     "itm, random": {"itm": ItmConfig()},
     "itm, hard": {"itc": ItcConfig(), "itm": ItmConfig()},
@@ -355,7 +359,7 @@ def batch_for(objectives: dict[str, ObjectiveConfig], n: int = 4) -> Batch:
     return replace(tiny_batch(n), targets=targets)
 
 
-CONTRASTIVE = ("itc", "itc, smoothed", "sigmoid")
+CONTRASTIVE = ("itc", "itc, smoothed", "sigmoid", "token_itc", "intra")
 WITHOUT_FUSION = (*CONTRASTIVE, "mlm", "mlm, untied")
 WITH_FUSION = [
     (name, fusion)
