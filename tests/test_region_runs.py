@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from test_recipes import resolved, shrink
 
 import vlp
 from vlp.data.shards import write_shards
 from vlp.pretrain import pretrain
 from vlp.run import RunConfig, settle
+from vlp.show import show
 from vlp.train.log import read_metrics
 
 SAMPLES = 16
@@ -74,3 +76,12 @@ def test_a_run(recipe: str, shards: str, tmp_path: Path) -> None:
         assert named == set(run.objectives)
     loaded = vlp.load(found.checkpoint)
     assert loaded.model.config.vision.kind == "region"
+    if recipe == "oscar":
+        ids, _ = loaded.tokenizer.encode("cat", 8)
+        assert len(ids) == 3, "the tags' words are words of the tokenizer"
+
+
+def test_show_says_what_share_of_the_steps_trains_what() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(show(shrink(resolved("pretrain/vlp_unified"))))
+    assert "mlm in 25 %, seq2seq_mlm in 75 % of the steps" in console.export_text()

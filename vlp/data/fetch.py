@@ -184,7 +184,8 @@ class Fetch(Dataset[Fetched]):
         """Another sample than ``index``, the same one for all that ask at a position; no image is decoded."""
         if len(self) < 2:
             raise ValueError("data: there is one sample, but others are needed to make pairs false; give more data")
-        found = int(self.draw.sample("other", position).integers(len(self) - 1))
+        # Keyed by the index too: where the other one is bad, the sample that takes this one's place has another.
+        found = int(self.draw.sample(f"other/{index}", position).integers(len(self) - 1))
         found += found >= index
         return self._without_image(self.reader[found if self.groups is None else int(self.groups[found][0])])
 

@@ -210,6 +210,16 @@ def test_replaced_features_are_those_of_another_image(shards: str) -> None:
         assert all((pool == row.numpy()).all(1).any() for row in masked.features[changed])
 
 
+def test_a_broken_other_image_costs_no_more_than_a_broken_own_one(tmp_path: Path) -> None:
+    samples = [
+        {"__key__": f"{n:02d}", "npz": b"broken" if n == 3 else npz(arrays(n)), "txt": f"thing {n}"} for n in range(12)
+    ]
+    data = write_shards(samples, str(tmp_path / "%02d.tar"))[0]
+    layout = replace(LAYOUT, views={"masked": MaskedRegions(0.3, 0.5, 0.5, None)})
+    found = batches(data, layout, bad_samples=0.5)
+    assert sum(len(batch.position) for batch in found) == 12
+
+
 def test_most_confident_regions_are_taken() -> None:
     found = read_regions("0", {"npz": npz(arrays(4, regions=20))}, LAYOUT)
     best = np.sort(np.argsort(-arrays(4, regions=20)["confidence"])[:8])
