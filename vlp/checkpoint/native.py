@@ -266,7 +266,11 @@ def _pattern(names: list[str]) -> str:
 
 def _resize(name: str, stored: Tensor, wanted: Tensor, method: PositionResize) -> Tensor | None:
     """Position embedding [1, prefix + n * n, D] of a ViT at another image size; None where it is something else."""
-    if name.removeprefix("teacher.") != "vision.vit.pos_embed" or stored.dim() != 3 or stored.shape[2] != wanted.shape[2]:
+    if (
+        name.removeprefix("teacher.") != "vision.vit.pos_embed"
+        or stored.dim() != 3
+        or stored.shape[2] != wanted.shape[2]
+    ):
         return None
     prefix = stored.shape[1] - math.isqrt(stored.shape[1]) ** 2  # squares lie further apart than a few prefix tokens
     after = math.isqrt(wanted.shape[1] - prefix)
