@@ -194,8 +194,10 @@ class Tree(Generic[C]):
         result = dict(below) if isinstance(below, Mapping) else {}
         inner: Mapping[str, Slot] = {}
         if slot.classes and "" not in slot.classes:
-            sole = next(iter(slot.classes)) if len(slot.classes) == 1 else None
-            kind = above.get("kind", result.get("kind", key if key in slot.classes or not sole else sole))
+            # A part that may be absent has no default to take the kind from: it is of the first one, as it was when
+            # that was the only one.
+            first = next(iter(slot.classes)) if len(slot.classes) == 1 or slot.nullable else None
+            kind = above.get("kind", result.get("kind", key if key in slot.classes or not first else first))
             if kind != result.get("kind"):
                 cls = slot.class_of({"kind": kind})
                 result = defaults(cls) if cls else {}

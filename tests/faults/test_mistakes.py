@@ -66,8 +66,8 @@ MISTAKES = {
     "no such column": (["--data.text", "tilte"], "has no column 'tilte'; columns: image, caption"),
     "filter": (["--data.where", "{split: train}"], "where: {'split': 'train'} matches no sample"),
     "unknown objective": (
-        ["--objectives.mim", "{}"],
-        "objectives.mim.kind = 'mim': unknown kind; perhaps you meant mlm; known kinds are itc, itm, mlm, lm, answer",
+        ["--objectives.mlmm", "{}"],
+        "objectives.mlmm.kind = 'mlmm': unknown kind; perhaps you meant mlm",
     ),
     "itm without fusion": (
         [*CAPTIONS_ONLY, "--objectives.mlm", "none"],
@@ -227,7 +227,7 @@ def test_resumed_on_other_data(finished, fail, tmp_path):
     [
         (["--model.fusion.layers", "2"], "the weights do not fit the model: missing fusion."),
         (["--train.optim.ema", "none"], "ema none differs from the run that is resumed; keep its setting"),
-        (["--train.sample", "30"], "--train.sample: unknown flag; perhaps you meant --train.samples"),
+        (["--train.smaples", "30"], "--train.smaples: unknown flag; perhaps you meant --train.samples"),
     ],
 )
 def test_resumed_as_something_else(finished, fail, tmp_path, flags, said):
