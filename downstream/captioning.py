@@ -89,7 +89,8 @@ class CaptioningConfig(TaskConfig):
         decoder = (model.decoder or decoder_beside(model)).model_copy(update={"memory": "image"})
         changes: dict[str, Any] = {"decoder": decoder}
         if len(objectives) == 1:
-            if getattr(decoder, "share", None) == "all_but_self_attention":  # with a fusion that is about to go: copy instead
+            # What it shares with a fusion that is about to go is copied instead.
+            if getattr(decoder, "share", None) == "all_but_self_attention":
                 changes["decoder"] = decoder.model_copy(update={"share": "embeddings"})
             if getattr(model.vision, "depth", None) != 0:  # else the fusion is the vision tower itself (ViLT)
                 changes["fusion"] = NoFusionConfig()

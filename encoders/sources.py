@@ -19,7 +19,7 @@ def local_source(source: str) -> str:
     name, _, inside = source.removeprefix(PACKAGE).partition("/")
     found = find_spec(name) if name.isidentifier() else None
     if found is None or not found.submodule_search_locations:
-        raise ValueError(f"{source}: there is no package {name!r} here; install it with pip (its name there may differ)")
+        raise ValueError(f"{source}: there is no package {name!r} here; install it with pip")
     path = Path(next(iter(found.submodule_search_locations))) / inside
     if not path.exists():
         raise ValueError(f"{source}: package {name} holds no {inside}; look at what is in {path.parent.name}/")

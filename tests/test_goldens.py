@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 CASES = sorted(path.parent for path in (ROOT / "tests" / "goldens").glob("*/case.json"))
 MATHEMATICS = {
     "addmm", "baddbmm", "bmm", "conv2d", "cosine_similarity", "cross_entropy", "cumsum", "dropout", "einsum", "exp",
-    "functional", "gelu", "kl_div", "layer_norm", "linear", "log", "log_softmax", "logsumexp", "matmul", "mm", "mse_loss",
-    "nll_loss", "nn", "norm", "normalize", "scaled_dot_product_attention", "sigmoid", "softmax", "sqrt", "tanh",
+    "functional", "gelu", "kl_div", "layer_norm", "linear", "log", "log_softmax", "logsumexp", "matmul", "mm",
+    "mse_loss", "nll_loss", "nn", "norm", "normalize", "scaled_dot_product_attention", "sigmoid", "softmax", "sqrt",
+    "tanh",
 }  # fmt: skip
 
 

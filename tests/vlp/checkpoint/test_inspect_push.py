@@ -104,6 +104,6 @@ def test_push_uploads_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     assert manifest
     with (torn / "model.safetensors").open("r+b") as file:
         file.truncate(100)
-    with pytest.raises(ValueError, match="torn|bytes"):
+    with pytest.raises(ValueError, match=r"torn|bytes"):
         push(torn, "someone/model")
     assert len(asked) == 2
