@@ -67,7 +67,7 @@ def inspect(arguments: Arguments, config: Any) -> None:
 def push_arguments(parser: Parser) -> None:
     """Declare the arguments of `vlp push`."""
     parser.add_argument("checkpoint", help="run or checkpoint folder")
-    parser.add_argument("name", help="owner/name on the hub")
+    parser.add_argument("repository", help="owner/name on the hub")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--message", default="", help="of the commit")
 
@@ -76,7 +76,7 @@ def push(arguments: Arguments, config: Any) -> None:
     """Run `vlp push`."""
     from vlp.checkpoint.push import push as upload
 
-    address = upload(arguments.checkpoint, arguments.name, private=arguments.private, message=arguments.message)
+    address = upload(arguments.checkpoint, arguments.repository, private=arguments.private, message=arguments.message)
     logger.info("pushed to %s", address)
 
 
