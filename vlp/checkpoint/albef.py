@@ -16,6 +16,7 @@ from vlp.checkpoint.bert_stack import (
     decoder_stack,
     read_stack,
     shared_keys,
+    split_model,
     split_stack,
     without_copies,
     word_head,
@@ -53,27 +54,10 @@ def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     text = read_stack(shapes, _text_prefix(shapes))
     vision, assumed = vit_recipe(shapes, VISION, config.get("vit", {}))
     stack, more = bert_recipe(text, config)
-    fusion = {"kind": "dual_stream", "attention": "cross", **stack, "layers": text.layers - text.split}
-    model: dict[str, Any] = {
-        "vision": vision,
-        "text": {
-            "kind": "text",
-            **stack,
-            "layers": text.split,
-            "vocabulary_size": text.vocabulary,
-            "max_length": text.positions,
-            "segments": text.segments,
-        },
-        "fusion": fusion,
-        "momentum": config.get("momentum", 0.995),
-    }
-    if "vision_proj.weight" in shapes:
-        model["embed"] = {"width": shapes["vision_proj.weight"][0]}
+    model = {"vision": vision, **split_model(shapes, text, stack)}
+    model["momentum"] = config.get("momentum", 0.995)
     if _two_images(shapes):
-        fusion["images"] = "alternate"
-    if "text_decoder.bert.embeddings.word_embeddings.weight" in shapes:
-        decoder = read_stack(shapes, "text_decoder.bert.")
-        model["decoder"] = {"kind": "causal", **stack, "layers": decoder.layers, "share": "none", "memory": "text"}
+        model["fusion"]["images"] = "alternate"
     task, objectives = _objectives(shapes, config)
     question = task == "vqa"
     data = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, equal
 
@@ -67,6 +68,33 @@ def read_stack(shapes: Shapes, prefix: str) -> Stack:
         shapes[f"{prefix}embeddings.position_embeddings.weight"][0],
         shapes.get(f"{prefix}embeddings.token_type_embeddings.weight", (0,))[0],
     )
+
+
+def split_model(shapes: Shapes, text: Stack, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return text tower, fusion, embedding and decoder of a file whose BERT stack is split (ALBEF, X-VLM).
+
+    Args:
+        shapes: of the whole file.
+        text: its stack.
+        sizes: what text tower, fusion and decoder have in common.
+    """
+    model: dict[str, Any] = {
+        "text": {
+            "kind": "text",
+            **sizes,
+            "layers": text.split,
+            "vocabulary_size": text.vocabulary,
+            "max_length": text.positions,
+            "segments": text.segments,
+        },
+        "fusion": {"kind": "dual_stream", "attention": "cross", **sizes, "layers": text.layers - text.split},
+    }
+    if "vision_proj.weight" in shapes:
+        model["embed"] = {"width": shapes["vision_proj.weight"][0]}
+    if "text_decoder.bert.embeddings.word_embeddings.weight" in shapes:
+        layers = read_stack(shapes, "text_decoder.bert.").layers
+        model["decoder"] = {"kind": "causal", **sizes, "layers": layers, "share": "none", "memory": "text"}
+    return model
 
 
 def embeddings(theirs: str, ours: str) -> tuple[Pair, ...]:

@@ -16,6 +16,7 @@ from vlp.checkpoint.bert_stack import (
     decoder_stack,
     read_stack,
     shared_keys,
+    split_model,
     split_stack,
     without_copies,
     word_head,
@@ -67,26 +68,9 @@ def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     text = read_stack(shapes, _text_prefix(shapes))
     vision, assumed = _vision(shapes, config)
     stack, more = bert_recipe(text, {"bert_config": config.get("text_config", {})})
-    fusion = {"kind": "dual_stream", "attention": "cross", **stack, "layers": text.layers - text.split}
-    model: dict[str, Any] = {
-        "vision": vision,
-        "text": {
-            "kind": "text",
-            **stack,
-            "layers": text.split,
-            "vocabulary_size": text.vocabulary,
-            "max_length": text.positions,
-            "segments": text.segments,
-        },
-        "fusion": fusion,
-    }
-    if "vision_proj.weight" in shapes:
-        model["embed"] = {"width": shapes["vision_proj.weight"][0]}
+    model = {"vision": vision, **split_model(shapes, text, stack)}
     if "cls_head.0.weight" in shapes:
-        fusion["images"] = "alternate"
-    if "text_decoder.bert.embeddings.word_embeddings.weight" in shapes:
-        decoder = read_stack(shapes, "text_decoder.bert.")
-        model["decoder"] = {"kind": "causal", **stack, "layers": decoder.layers, "share": "none", "memory": "text"}
+        model["fusion"]["images"] = "alternate"
     objectives = _objectives(shapes, config)
     data = {
         "max_length": config.get("max_tokens", 40),

@@ -20,6 +20,7 @@ from encoders.text import BesideConfig, StackConfig
 from encoders.types import AttentionKind, Tokens
 from objectives.base import MAIN, Fused, Side
 from vlp.fusion.each import fuse_each, image_modality, modality_table, pooled_width
+from vlp.fusion.joined import joined_mask, split_sides
 from vlp.fusion.pooler import Pooler, PoolerKind, gather_images
 from vlp.fusion.positions import RelativePositions
 
@@ -242,7 +243,7 @@ class Multiway(nn.Module):
         assert branch in self.branches, branch
         states, keep, num_image = self._join(image, text, image_index, number)
         pair = branch == VL or (image is not None and text is not None)
-        seen = self._seen(keep, num_image, attention, prefix)
+        seen = joined_mask(keep, num_image, attention, prefix)
         biases = self._biases(num_image, states.shape[1] - num_image)
         every = [states]
         for block, bias in zip(self.blocks, biases, strict=True):
@@ -250,9 +251,9 @@ class Multiway(nn.Module):
             every.append(states)
         if self.final_norm is not None:
             states = self.final_norm(states, num_image)
-        return self._part(
-            states, keep, num_image, image is not None, text is not None, tuple(every) if layers else None
-        )
+        kept = tuple(every) if layers else None
+        image, text = split_sides(states, keep, num_image, image is not None, text is not None, kept)
+        return Fused(image, text, self._pool(image, text))
 
     def start(self, image: Tokens, image_index: Tensor | None = None) -> list[Cache]:
         """Read images [B, N, D] of an image-text pair -> what :meth:`step` reads of them, one cache a block."""
@@ -300,38 +301,10 @@ class Multiway(nn.Module):
             keeps.append(states.new_ones(states.shape[:2], dtype=torch.bool) if keep is None else keep)
         return torch.cat(parts, 1), torch.cat(keeps, 1), 0 if image is None else parts[0].shape[1]
 
-    def _seen(self, keep: Tensor, num_image: int, attention: AttentionKind, prefix: Tensor | None) -> Tensor | None:
-        if attention == "full":
-            return attention_mask(keep)
-        # Image tokens stand first: a causal mask whose prefix is the image (and the text's own prefix).
-        length = torch.full((keep.shape[0],), num_image, device=keep.device)
-        if attention == "prefix":
-            assert prefix is not None
-            length = length + prefix
-        return attention_mask(keep, "prefix", length)
-
     def _biases(self, num_image: int, length: int) -> list[Tensor | None]:
         if self.positions is None:
             return [None] * len(self.blocks)
         return list(self.positions(num_image, length).unbind())
-
-    def _part(
-        self,
-        states: Tensor,
-        keep: Tensor,
-        num_image: int,
-        has_image: bool,
-        has_text: bool,
-        every: tuple[Tensor, ...] | None,
-    ) -> Fused:
-        image = text = None
-        if has_image:
-            layers = None if every is None else tuple(x[:, :num_image] for x in every)
-            image = Tokens(states[:, :num_image], keep[:, :num_image], states[:, 0], layers)
-        if has_text:
-            layers = None if every is None else tuple(x[:, num_image:] for x in every)
-            text = Tokens(states[:, num_image:], keep[:, num_image:], states[:, num_image], layers)
-        return Fused(image, text, self._pool(image, text))
 
     def _pool(self, image: Tokens | None, text: Tokens | None) -> Tensor:
         first = [None if side is None else side.pooled for side in (image, text)]

@@ -18,6 +18,7 @@ from encoders.text import BesideConfig, load_bert
 from encoders.types import AttentionKind, Tokens
 from objectives.base import Fused, Side
 from vlp.fusion.each import ImagesPerText, fuse_each, image_modality, modality_table, pooled_width
+from vlp.fusion.joined import joined_mask, split_sides
 from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images
 
 
@@ -156,52 +157,27 @@ class SingleStream(nn.Module):
             parts.insert(0, self.class_token.to(parts[0].dtype).expand(len(parts[0]), -1, -1))
             keeps.insert(0, torch.ones_like(keeps[0][:, :1]))
         keep = torch.cat(keeps, 1)
-        mask = self._mask(keep, num_image, attention, prefix)
+        mask = joined_mask(keep, num_image, attention, prefix)
         states = torch.cat(parts, 1)
         every = [states]
         for place, block in enumerate(self.blocks):
             states = block(states, mask, cache=None if caches is None else caches[place])
             every.append(states)
         states = self.final_norm(states)
-        return self._split(
-            states, keep, num_image, image is not None, text is not None, tuple(every) if layers else None
-        )
+        kept = tuple(every) if layers else None
+        image, text = split_sides(states, keep, num_image, image is not None, text is not None, kept)
+        return Fused(image, text, self._pool(states, image, text))
 
-    def _mask(self, keep: Tensor, num_image: int, attention: AttentionKind, prefix: Tensor | None) -> Tensor | None:
-        if attention == "full":
-            return attention_mask(keep)
-        # Image tokens stand first: a causal mask whose prefix is the image (and the text's own prefix).
-        length = torch.full((keep.shape[0],), num_image, device=keep.device)
-        if attention == "prefix":
-            assert prefix is not None
-            length = length + prefix
-        return attention_mask(keep, "prefix", length)
-
-    def _split(
-        self,
-        states: Tensor,
-        keep: Tensor,
-        num_image: int,
-        has_image: bool,
-        has_text: bool,
-        every: tuple[Tensor, ...] | None,
-    ) -> Fused:
-        image = text = None
-        if has_image:
-            layers = None if every is None else tuple(x[:, :num_image] for x in every)
-            image = Tokens(states[:, :num_image], keep[:, :num_image], states[:, 0], layers)
-        if has_text:
-            layers = None if every is None else tuple(x[:, num_image:] for x in every)
-            text = Tokens(states[:, num_image:], keep[:, num_image:], states[:, num_image], layers)
-        pooled = states.new_zeros(states.shape[0], 0)
-        if self.pooler is not None:
-            own = text.pooled if text else None
-            if self.class_token is not None:
-                own = states[:, 0]
-            elif text is not None and self.config.pool_at == "before_last":
-                own = _before_last(text)
-            pooled = self.pooler(image.pooled if image else None, own)
-        return Fused(image, text, pooled)
+    def _pool(self, states: Tensor, image: Tokens | None, text: Tokens | None) -> Tensor:
+        """States [M, S, D] and their sides -> [M, pooled_width], empty without a pooler."""
+        if self.pooler is None:
+            return states.new_zeros(states.shape[0], 0)
+        own = text.pooled if text else None
+        if self.class_token is not None:
+            own = states[:, 0]
+        elif text is not None and self.config.pool_at == "before_last":
+            own = _before_last(text)
+        return self.pooler(image.pooled if image else None, own)
 
 
 def _before_last(text: Tokens) -> Tensor:
