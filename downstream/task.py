@@ -107,6 +107,14 @@ class TaskConfig(Config):
         """Yield one prediction a sample of unlabelled data."""
         raise AssertionError(f"{type(self).__name__} does not define predict")
 
+    def submission(self, predictions: Sequence[Mapping[str, Any]]) -> Any | None:
+        """Return rows of ``Result.predictions`` or ``predict`` in the official format as json data; None = it has none.
+
+        Raises:
+            ValueError: the rows lack what the format asks for (question ids).
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class EvalSample:
