@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from vlp.cli import checkpoints, convert, looking, training, using
+from vlp.cli import checkpoints, compare, convert, looking, training, using
 from vlp.cli.command import Command, Parser
 from vlp.recipes import did_you_mean
 
@@ -23,7 +23,7 @@ COMMANDS = {
     "show": looking.SHOW,
     "demo": looking.DEMO,
     "recipes": looking.RECIPES,
-    "compare": training.COMPARE,
+    "compare": compare.COMPARE,
     "inspect": checkpoints.INSPECT,
     "convert": convert.CONVERT,
     "push": checkpoints.PUSH,
