@@ -16,7 +16,7 @@ from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, decode_texts, open_reader
 from vlp.data.tokenizer import Tokenizer, build_tokenizer
 from vlp.model import Model, ModelConfig, build_model
-from vlp.train.loop import TrainConfig
+from vlp.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from helpers import exact_losses, split_batch, tiny_batch, tiny_model
 
 from objectives import ItmConfig, MlmConfig
 from vlp.train.adversarial import AdversarialConfig
-from vlp.train.loop import TrainConfig, wrap
+from vlp.train.config import TrainConfig
+from vlp.train.loop import wrap
 from vlp.train.optim import OptimConfig
 from vlp.train.sample import sampled
 from vlp.train.step import TrainStep

@@ -60,11 +60,7 @@ class RunLog:
         """Write one record; it has "seen", "samples_per_second" and "NAME/loss" entries."""
         if self._progress is None:
             return
-        self._file.write(json.dumps(dict(record)) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if isinstance(value, float):
-                self._events.add_scalar(name, value, record["seen"])
+        self._keep(record)
         losses = "  ".join(
             self._shown(name.removesuffix("/loss"), value) for name, value in record.items() if name.endswith("/loss")
         )
@@ -76,6 +72,18 @@ class RunLog:
             logger.info(
                 "%s / %s samples  %s  ETA %s  %s", f"{record['seen']:,}", f"{total:,.0f}", rate, _clock(left), losses
             )
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Write a record of something else than losses; it has "seen"."""
+        if self._progress is not None:
+            self._keep(record)
+
+    def _keep(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(dict(record)) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if isinstance(value, float):
+                self._events.add_scalar(name, value, record["seen"])
 
     def _shown(self, name: str, value: float) -> str:
         chance = self.chances.get(name)

@@ -23,6 +23,7 @@ from vlp.train.step import NonFiniteError, TrainStep
 
 if TYPE_CHECKING:
     from vlp.run import Parts
+    from vlp.train.evaluation import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -38,26 +39,46 @@ class TrainState:
         step: holder of optimizer and averages.
         command: for the model card.
         keep: checkpoints to keep, newest first.
+        evaluation: whose memory is saved with the run.
+
+    Attributes:
+        latest: the last checkpoint.
+        best: the one that the evaluation called the best, which is kept beside the newest; None: none yet.
     """
 
-    def __init__(self, folder: Path, parts: Parts, step: TrainStep, command: str, keep: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        parts: Parts,
+        step: TrainStep,
+        command: str,
+        keep: int,
+        evaluation: Evaluation | None = None,
+    ) -> None:
         self.folder, self.parts, self.step, self.command, self.keep = folder, parts, step, command, keep
-        self.latest = folder
+        self.evaluation, self.latest = evaluation, folder
+        self.best: Path | None = None
 
-    def save(self, seen: int, metrics: Mapping[str, Any], meter: Mapping[str, Any]) -> None:
+    def save(self, seen: int, metrics: Mapping[str, Any], meter: Mapping[str, Any], *, best: bool = False) -> None:
         """Write the checkpoint of ``seen`` samples; all ranks wait until it is whole.
 
         Args:
             seen: samples of the run so far.
             metrics: for the model card.
             meter: what the log has summed since its last record.
+            best: whether it is the best so far.
         """
         from vlp.checkpoint.card import model_card
 
         self.latest = self.folder / "checkpoints" / f"{seen:012d}"
+        self.best = self.latest if best else self.best
         if rank() == 0:
             buffer = io.BytesIO()
-            torch.save({"seen": seen, "meter": dict(meter), **self.step.state_dict()}, buffer)
+            state = {"seen": seen, "meter": dict(meter), **self.step.state_dict()}
+            if self.evaluation is not None:
+                name = None if self.best is None else self.best.name
+                state |= {"evaluation": self.evaluation.state_dict(), "best": name}
+            torch.save(state, buffer)
             extra: dict[str, bytes | Mapping[str, Tensor]] = {STATE_FILE: buffer.getvalue()}
             if self.step.average is not None:
                 extra[AVERAGE] = weights_of(self.step.average.module)
@@ -75,13 +96,16 @@ class TrainState:
         Later checkpoints are torn, or the run would have gone on from them; they do not count as kept.
         """
         folder = self.latest.parent
-        older = sorted(path for path in folder.glob("[0-9]*") if path.name < self.latest.name)
+        older = sorted(path for path in folder.glob("[0-9]*") if path.name < self.latest.name and path != self.best)
         for path in [*older[: max(len(older) + 1 - self.keep, 0)], *folder.glob(".*.partial")]:
             shutil.rmtree(path)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take up the state of a checkpoint."""
         self.step.load_state_dict(state)
+        if self.evaluation is not None and "evaluation" in state:
+            self.evaluation.load_state_dict(state["evaluation"])
+            self.best = None if state["best"] is None else self.folder / "checkpoints" / state["best"]
 
     def keep_batch(self, error: NonFiniteError) -> Path:
         """Write the batch of a step that gave no finite loss; return where."""

@@ -27,7 +27,7 @@ from vlp.data.shards import write_shards
 from vlp.data.tokenizer import TokenizerConfig, build_tokenizer
 from vlp.fusion.single import SingleStreamConfig
 from vlp.model import ModelConfig, build_model
-from vlp.train.loop import region_layout
+from vlp.train.reading import region_layout
 
 WIDTH, CLASSES, SAMPLES = 6, 5, 12
 LAYOUT = RegionLayout(boxes=7, number=8, targets=("classes",), views={"masked": MaskedRegions(0.3, 1.0, 0.0, None)})

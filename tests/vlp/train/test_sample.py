@@ -10,7 +10,7 @@ import torch
 from helpers import tiny_model
 
 from objectives import ItmConfig, MlmConfig, WraConfig
-from vlp.train.loop import Meter
+from vlp.train.meter import Meter
 from vlp.train.sample import check_sample, sampled
 from vlp.train.step import StepReport
 
