@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from vlp.cli import checkpoints, compare, convert, looking, training, using
+from vlp.cli import checkpoints, compare, convert, data, looking, training, using
 from vlp.cli.command import Command, Parser
 from vlp.recipes import did_you_mean
 
@@ -27,7 +27,9 @@ COMMANDS = {
     "inspect": checkpoints.INSPECT,
     "convert": convert.CONVERT,
     "push": checkpoints.PUSH,
+    "data convert": data.CONVERT,
 }
+"""By name: one word, or two for the commands of a family."""
 
 EXTRAS = {"easy_vqa": "demo", "pyarrow": "parquet", "sentencepiece": "spm", "wandb": "track"}
 """Packages that an extra installs."""
@@ -83,11 +85,14 @@ def dispatch(words: Sequence[str]) -> None:
         except PackageNotFoundError:
             sys.stdout.write("vlp, a checkout that is not installed\n")
         return
-    if words[0] not in COMMANDS:
-        raise ValueError(f"vlp {words[0]}: no such command; {did_you_mean(words[0], COMMANDS)}")
-    command = COMMANDS[words[0]]
-    parser = parser_of(words[0], command)
-    own, flags = split([word for word in words[1:] if word not in ("-h", "--help")], parser)
+    name = choose(words)
+    if name is None:
+        sys.stdout.write(overview(f"{words[0]} "))
+        return
+    command = COMMANDS[name]
+    parser = parser_of(name, command)
+    rest = words[len(name.split()) :]
+    own, flags = split([word for word in rest if word not in ("-h", "--help")], parser)
     wants_help = bool({"-h", "--help"} & set(words))
     if wants_help:
         sys.stdout.write(parser.format_help())
@@ -96,10 +101,10 @@ def dispatch(words: Sequence[str]) -> None:
         sys.stdout.write("\n")
         flags.append("--help")
     if flags and command.config is None:
-        raise ValueError(f"vlp {words[0]}: unknown option {flags[0]}; {did_you_mean(flags[0], parser.options)}")
+        raise ValueError(f"vlp {name}: unknown option {flags[0]}; {did_you_mean(flags[0], parser.options)}")
     check_options(flags, parser)
     arguments = parser.parse_args(own)
-    arguments.name, arguments.flags, arguments.command = words[0], flags, shlex.join(["vlp", *words])
+    arguments.name, arguments.flags, arguments.command = name, flags, shlex.join(["vlp", *words])
     start_logging(arguments.quiet or wants_help)
     config = None if command.config is None else command.config(arguments, flags)  # with --help prints and exits
     if config is not None and arguments.dry_run:
@@ -110,9 +115,27 @@ def dispatch(words: Sequence[str]) -> None:
     command.run(arguments, config)
 
 
-def overview() -> str:
-    """What `vlp --help` prints."""
-    rows = [f"  {name:<10} {command.about}" for name, command in COMMANDS.items()]
+def choose(words: Sequence[str]) -> str | None:
+    """Return the name of the command that the first word or two give; None: a family's help is asked for.
+
+    Raises:
+        ValueError: there is no such command.
+    """
+    if (pair := " ".join(words[:2])) in COMMANDS:
+        return pair
+    if words[0] in COMMANDS:
+        return words[0]
+    family = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if not family:
+        raise ValueError(f"vlp {words[0]}: no such command; {did_you_mean(words[0], COMMANDS)}")
+    if {"-h", "--help"} & set(words):
+        return None
+    raise ValueError(f"vlp {words[0]}: name what to do, {', '.join(f'vlp {name}' for name in family)}")
+
+
+def overview(family: str = "") -> str:
+    """What `vlp --help` prints, or the help of a family of commands."""
+    rows = [f"  {name:<12} {command.about}" for name, command in COMMANDS.items() if name.startswith(family)]
     head = "usage: vlp COMMAND ...\n\nVision-language pretraining with fused models.\n\n"
     return head + "\n".join(rows) + "\n\nvlp COMMAND --help explains one; vlp --version says which vlp this is.\n"
 

@@ -1,0 +1,9 @@
+"""Converters from the official annotation files of data sets to our tables. One file a family, one line here each."""
+
+from downstream.convert import vqa
+from downstream.convert.types import Converter
+
+CONVERTERS: dict[str, Converter] = {
+    "vqav2": vqa.vqav2,
+    "vg_qa": vqa.vg_qa,
+}
