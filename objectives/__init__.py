@@ -7,6 +7,7 @@ from pydantic import Field
 from objectives.answer import AnswerConfig
 from objectives.assign import AssignConfig
 from objectives.box import BoxConfig
+from objectives.choose import ChooseConfig
 from objectives.classify import ClassifyConfig
 from objectives.fused_itc import FusedItcConfig
 from objectives.intra import IntraConfig
@@ -19,6 +20,7 @@ from objectives.mrm import MrmConfig
 from objectives.pair_attention import PairAttentionConfig
 from objectives.prefix_lm import PrefixLmConfig
 from objectives.rank import RankConfig
+from objectives.regress import RegressConfig
 from objectives.seq2seq_mlm import Seq2SeqMlmConfig
 from objectives.sigmoid import SigmoidConfig
 from objectives.token_itc import TokenItcConfig
@@ -43,6 +45,8 @@ ObjectiveConfig: TypeAlias = Annotated[
     | MrmConfig
     | PairAttentionConfig
     | Seq2SeqMlmConfig
-    | ClassifyConfig,
+    | ClassifyConfig
+    | ChooseConfig
+    | RegressConfig,
     Field(discriminator="kind"),
 ]

@@ -6,7 +6,6 @@ Shapes: T questions, A answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.types import Batch
-from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side
+from objectives.base import Draw, Fuse, Fused, LossOutput, ModelSpec, Objective, Results, Side
 from objectives.distill import DistillConfig
-from objectives.heads import GeluMlpHead, LinearHead, MlpHead, NormMlpHead, ReluHead
+from objectives.heads import POOLED_HEADS, PooledHead
 
 
 class AnswerConfig(DistillConfig):
@@ -30,7 +29,7 @@ class AnswerConfig(DistillConfig):
     """The answers, in the order of the head's outputs; filled from the training data when empty."""
     loss: Literal["bce", "ce"] = "bce"
     """`bce`: one sigmoid an answer against its soft score. `ce`: softmax against the scores normalised to one."""
-    head: Literal["mlp", "norm_mlp", "gelu_mlp", "relu", "linear"] = "mlp"
+    head: PooledHead = "mlp"
     """`mlp`: linear, norm, GELU, linear (ViLT, METER, X-VLM). `norm_mlp`: a norm before these (BEiT-3 on NLVR2).
     `gelu_mlp`: linear, GELU, norm, linear (UNITER, LXMERT). `relu`: linear, ReLU, linear (ALBEF, BLIP). `linear`: one
     layer (UNITER on NLVR2)."""
@@ -57,22 +56,13 @@ class AnswerConfig(DistillConfig):
         return Answer(self, spec.pooled_width)
 
 
-HEADS: dict[str, Callable[[int, int, int | None], nn.Module]] = {
-    "mlp": MlpHead,
-    "norm_mlp": NormMlpHead,
-    "gelu_mlp": GeluMlpHead,
-    "relu": ReluHead,
-    "linear": LinearHead,
-}
-
-
 class Answer(Objective):
     """Classification head on the fused question. Reads ``batch.targets["answer_scores"]`` [T, A] in 0..1."""
 
     def __init__(self, config: AnswerConfig, width: int) -> None:
         super().__init__()
         self.config = config
-        build = HEADS[config.head]
+        build = POOLED_HEADS[config.head]
         self.head: nn.Module = build(width, len(config.answers), config.hidden)
         self.asked = Fuse("masked", "masked") if config.masked else Fuse()
         self.needs = frozenset({self.asked})
@@ -117,6 +107,10 @@ class Answer(Objective):
     def scores(self, pooled: Tensor) -> Tensor:
         """Pooled fused vectors [M, W] -> answer probabilities [M, A]."""
         return self._probabilities(self.head(pooled).float())
+
+    def judge(self, fused: Fused) -> Tensor:
+        """Fused rows -> answer probabilities [M, A]."""
+        return self.scores(fused.pooled)
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         return logits.sigmoid() if self.config.loss == "bce" else logits.softmax(1)

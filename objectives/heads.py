@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias
 
 import torch
@@ -106,6 +107,19 @@ class ReluHead(nn.Sequential):
         hidden = hidden or width
         super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
         initialise(self)
+
+
+PooledHead: TypeAlias = Literal["mlp", "norm_mlp", "gelu_mlp", "relu", "linear"]
+"""Kinds of heads on a pooled vector."""
+
+POOLED_HEADS: Mapping[PooledHead, Callable[[int, int, int | None], nn.Module]] = {
+    "mlp": MlpHead,
+    "norm_mlp": NormMlpHead,
+    "gelu_mlp": GeluMlpHead,
+    "relu": ReluHead,
+    "linear": LinearHead,
+}
+"""Head of each kind: input width, outputs, hidden width (None: its own choice) -> states [..., D] to [..., outputs]."""
 
 
 def labelled(states: Tensor, labels: Tensor, label_at: Tensor | None) -> tuple[Tensor, Tensor]:

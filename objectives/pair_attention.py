@@ -100,6 +100,10 @@ class PairAttention(Objective):
         best = scores.gather(1, logits.detach().argmax(1, keepdim=True))
         return LossOutput(F.cross_entropy(logits, scores), {"score": best.mean()})
 
+    def judge(self, fused: Fused) -> Tensor:
+        """States of both images with the text -> answer probabilities [T, A]."""
+        return self.logits(fused).float().softmax(1)
+
     def logits(self, fused: Fused) -> Tensor:
         """States of both images with the text -> logits [T, A]."""
         assert fused.image is not None and fused.text is not None

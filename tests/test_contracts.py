@@ -23,12 +23,14 @@ from encoders.types import Batch, Images, Texts, Tokens
 from objectives import (
     AnswerConfig,
     AssignConfig,
+    ChooseConfig,
     IntraConfig,
     ItcConfig,
     ItmConfig,
     LmConfig,
     MlmConfig,
     ObjectiveConfig,
+    RegressConfig,
     SigmoidConfig,
     TokenItcConfig,
 )
@@ -133,6 +135,8 @@ OBJECTIVES: dict[str, dict[str, ObjectiveConfig]] = {
     "answer, distilled": {"answer": AnswerConfig(answers=("yes", "no"), loss="ce", head="relu", distill=0.4)},
     "assign": {"assign": AssignConfig()},
     "answer, ce": {"answer": AnswerConfig(answers=("yes", "no"), loss="ce")},
+    "choose": {"choose": ChooseConfig(choices=2)},
+    "regress": {"regress": RegressConfig(loss="mse")},
 }
 
 
@@ -353,7 +357,7 @@ def model_for(objectives: dict[str, ObjectiveConfig], fusion: str, seed: int = 0
 
 def batch_for(objectives: dict[str, ObjectiveConfig], n: int = 4) -> Batch:
     answer = objectives.get("answer")
-    targets = {}
+    targets = {"chosen": torch.tensor([0.0, 1.0]).repeat(n // 2), "value": torch.linspace(-3, 3, n)}
     if isinstance(answer, AnswerConfig):
         targets["answer_scores"] = torch.eye(len(answer.answers))[torch.arange(n) % len(answer.answers)]
     return replace(tiny_batch(n), targets=targets)
@@ -382,7 +386,7 @@ def test_objective(name: str, fusion: str) -> None:
     assert outputs.keys() == objectives.keys()
     for one in objectives:
         chance = model.objectives[one].chance(4)
-        assert chance is not None and 0 < chance < 10 and outputs[one].loss.item() >= 0
+        assert (chance is None) == (one == "regress") and 0 < (chance or 1) < 10 and outputs[one].loss.item() >= 0
         assert all(not value.requires_grad and value.numel() == 1 for value in outputs[one].metrics.values())
         assert model.counts(batch)[one] > 0
     check_round_trip(model, other, lambda one: losses(one, batch))
@@ -412,7 +416,11 @@ def test_objective_ignores_padding_and_order(name: str) -> None:
         views[view] = replace(text, ids=torch.cat([text.ids, filler], 1), keep=keep, labels=labels)
     model = lengthened(model)
     check_same(losses(model, replace(batch, texts=views)), losses(model, batch))
-    if OBJECTIVES[name].keys() & {"itm", "assign"}:  # whose negatives are drawn by row
+    if OBJECTIVES[name].keys() & {
+        "itm",
+        "assign",
+        "choose",
+    }:  # whose negatives are drawn by row, or whose rows belong together
         return
     order = torch.tensor([2, 0, 3, 1])
     shuffled = replace(
