@@ -18,7 +18,7 @@ from pydantic import Field
 
 from encoders import TextConfig
 from encoders.text import BesideConfig
-from encoders.types import Batch
+from encoders.types import Batch, Images
 from objectives import ObjectiveConfig
 from objectives.collectives import rank, world_size
 from vlp.config import Config
@@ -49,11 +49,15 @@ class Result:
     floors: dict[str, dict[str, float]]
     """What blindness reaches, under the metrics' names: {"majority": {"accuracy": 0.3}, "chance": {...}}."""
     predictions: list[dict[str, Any]]
-    """One plain mapping a sample, in the data's order; each has "key"."""
+    """One plain mapping a sample, in the data's order; each has "key". Its "metrics" map the names of metrics to what
+    the sample adds to them (larger is better): by these two runs are compared; without them, by fields like
+    "accuracy"."""
     bad: dict[str, str] = field(default_factory=dict)
     """Samples left out because they could not be used: key -> reason."""
     notes: tuple[str, ...] = ()
     """Sentences a reader of the numbers must know (which definition, what could not be computed and why)."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """What was scored, beside the number of predictions: {"images": 1000, "texts": 5000}."""
 
 
 class TaskConfig(Config):
@@ -188,6 +192,13 @@ def make_batch(parts: Parts, examples: Sequence[Example]) -> Batch:
     resized = [replace(one, images=tuple(resize(image) for image in one.images)) for one in examples]
     batch = collate(resized, range(len(resized)), parts.tokenizer, {}, data.max_length, 0)
     return batch.to(parts.model.device)
+
+
+def blanked(batch: Batch) -> Batch:
+    """Return the batch with grey images: what a model says of it, it knows from the text alone."""
+    pixels = {view: one.pixels for view, one in batch.images.items() if isinstance(one, Images)}
+    grey = {view: Images(torch.full_like(one, 128)) for view, one in pixels.items()}
+    return replace(batch, images=grey)
 
 
 def decoder_beside(model: ModelConfig) -> DecoderConfig:

@@ -11,11 +11,10 @@ import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from downstream.metrics.vqa import normalize_answer, soft_targets, vqa_accuracy
@@ -25,6 +24,7 @@ from downstream.task import (
     Result,
     TaskConfig,
     batches,
+    blanked,
     decoder_beside,
     evaluating,
     gather,
@@ -33,7 +33,7 @@ from downstream.task import (
     no_labels,
     read_samples,
 )
-from encoders.types import Batch, Images
+from encoders.types import Batch
 from objectives import AnswerConfig, LmConfig, ObjectiveConfig
 from objectives.answer import Answer
 from objectives.base import Fuse
@@ -267,7 +267,7 @@ class VqaConfig(TaskConfig):
         for group, batch in batches(parts, samples, self.batch):
             with evaluating(parts.model):
                 found = self._run(parts, batch)
-                blank = self._run(parts, _blanked(batch)) if self.blank_images else found
+                blank = self._run(parts, blanked(batch)) if self.blank_images else found
             for one, (answer, probability), (without, _) in zip(group, found, blank, strict=True):
                 row: dict[str, Any] = {"key": one.sample.key, "image": one.image}
                 row |= {name: one.sample.fields[name] for name in CARRIED if name in one.sample.fields}
@@ -377,10 +377,3 @@ def _answer_writer(model: Model) -> str | None:
     return next(
         (n for n, one in model.objectives.items() if isinstance(one, Lm) and one.config.memory == "fused"), None
     )
-
-
-def _blanked(batch: Batch) -> Batch:
-    """The batch with grey images."""
-    pixels = {view: one.pixels for view, one in batch.images.items() if isinstance(one, Images)}
-    grey = {view: Images(torch.full_like(one, 128)) for view, one in pixels.items()}
-    return replace(batch, images=grey)

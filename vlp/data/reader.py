@@ -68,7 +68,7 @@ def open_reader(
     specs = [path for name in ([spec] if isinstance(spec, str) else spec) for path in _resolve(name)]
     if not specs:
         raise ValueError("data: the list is empty; name shards, a table or a folder")
-    if all(_is_shards(name) for name in specs):
+    if all(is_shards(name) for name in specs):
         return _without_columns(ShardReader(specs, where), root)
     if len(specs) > 1:
         return ConcatReader([open_reader(name, image=image, text=text, root=root, where=where) for name in specs])
@@ -101,7 +101,8 @@ def _resolve(name: str) -> list[str]:
     return [str(emoji_path(style.strip())) for style in name.removeprefix(EMOJI).split(",")]
 
 
-def _is_shards(name: str) -> bool:
+def is_shards(name: str) -> bool:
+    """Whether a name of data is one of tar shards."""
     return name.startswith("pipe:") or ".tar" in os.path.basename(name)
 
 
