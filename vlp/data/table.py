@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from vlp.data.columns import IMAGE_COLUMNS, TEXT_COLUMNS, delimiter, first_known, image_column
 from vlp.data.records import (
     IMAGE_EXTENSIONS,
-    TEXT_FIELDS,
     BadSample,
     Blobs,
     RawSample,
@@ -27,26 +27,11 @@ from vlp.data.records import (
     nothing_left,
 )
 
+__all__ = ["IMAGE_COLUMNS", "TABLE_SUFFIXES", "FolderReader", "TableReader"]
+
 log = logging.getLogger(__name__)
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-IMAGE_COLUMNS = (
-    "image",
-    "images",
-    "image_path",
-    "image_paths",
-    "img_path",
-    "filepath",
-    "file_path",
-    "file_name",
-    "filename",
-    "path",
-    "img",
-    "image_file",
-    "features",
-    "regions",
-)
-"""Column names that are taken for the image, or for a detector's arrays (.npz), if none is named, best first."""
 
 
 class _Rows(Protocol):
@@ -103,10 +88,8 @@ def _csv_rows(path: Path) -> Iterator[bytes]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         file.seek(0)
-        # open_clip's recipes write tab-separated files that are named .csv
-        tabs = path.suffix == ".tsv" or ("\t" in header and "," not in header)
-        reader = csv.reader(file, delimiter="\t" if tabs else ",")
-        names = next(reader, [])
+        reader = csv.reader(file, delimiter=delimiter(header, path.suffix))
+        names = [name.strip() for name in next(reader, [])]
         for row in reader:
             if len(row) > len(names):
                 raise ValueError(
@@ -190,7 +173,7 @@ class TableReader:
         if len(self._rows) == 0:
             raise ValueError(f"data: '{path}' has no rows")
         columns = list(self._rows[0])
-        self._image_columns = self._pick_images(columns, image_column)
+        self._image_columns = self._pick_images(self._rows[0], image_column)
         self._text_column = self._pick_text(columns, text_column)
         self._kept: npt.NDArray[np.int64] | None = None
         if where:
@@ -199,28 +182,28 @@ class TableReader:
                 raise nothing_left(self.name, where, columns)
             self._kept = np.array(kept, dtype=np.int64)
 
-    def _pick_images(self, columns: list[str], named: str | Sequence[str] | None) -> tuple[str, ...]:
+    def _pick_images(self, row: Mapping[str, Any], named: str | Sequence[str] | None) -> tuple[str, ...]:
         if named is None:
-            guess = _first_known(columns, IMAGE_COLUMNS)
+            guess = image_column(row)
             if guess is None:
                 raise ValueError(
-                    f"image_column: no column of '{self.name}' looks like an image path; name it, "
-                    f"columns: {', '.join(columns)}"
+                    f"data.image: no column of '{self.name}' looks like an image path; name it with --data.image, "
+                    f"columns: {', '.join(row)}"
                 )
             log.info("%s: images from column '%s'", self.name, guess)
             return (guess,)
         names = (named,) if isinstance(named, str) else tuple(named)
         for name in names:
-            _check_column("image_column", name, columns, self.name)
+            _check_column("data.image", name, list(row), self.name)
         return names
 
     def _pick_text(self, columns: list[str], named: str | None) -> str | None:
         if named is None:
-            guess = _first_known(columns, TEXT_FIELDS)
+            guess = first_known(columns, TEXT_COLUMNS)
             log.info("%s: %s", self.name, f"texts from column '{guess}'" if guess else "no text column")
             return guess
         if named:
-            _check_column("text_column", named, columns, self.name)
+            _check_column("data.text", named, columns, self.name)
         return named or None
 
     @property
@@ -283,14 +266,11 @@ def _extension(name: str) -> str:
     return suffix if suffix in IMAGE_EXTENSIONS else "img"
 
 
-def _first_known(columns: Sequence[str], known: Sequence[str]) -> str | None:
-    by_name = {column.lower(): column for column in reversed(columns)}
-    return next((by_name[name] for name in known if name in by_name), None)
-
-
 def _check_column(option: str, name: str, columns: Sequence[str], table: str) -> None:
     if name not in columns:
-        raise ValueError(f"{option}: '{table}' has no column '{name}'; columns: {', '.join(columns)}")
+        raise ValueError(
+            f"{option}: '{table}' has no column '{name}'; name one with --{option}, columns: {', '.join(columns)}"
+        )
 
 
 class FolderReader:

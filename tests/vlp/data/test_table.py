@@ -148,6 +148,25 @@ def test_metadata_folder_and_lists(folder):
     assert all(same(decode_sample(reader[1 + i]), i) and same(decode_sample(reader[5 + i]), i) for i in range(4))
 
 
+@pytest.mark.parametrize("separator", [",", ";", "|", "\t"])
+def test_columns_are_guessed_by_the_names_that_people_give_them(folder, separator, caplog):
+    path = folder / "own.csv"
+    path.write_text(
+        separator.join(["image_name", " Comment"]) + "\n" + separator.join(["images/0.png", " a cat"]) + "\n"
+    )
+    with caplog.at_level(logging.INFO):
+        found = decode_sample(open_reader(str(path))[0])
+    assert found.texts == ("a cat",) and found.images[0].shape == (3, 5, 6)
+    assert "images from column 'image_name'" in caplog.text and "texts from column 'Comment'" in caplog.text
+
+
+def test_an_image_column_is_known_by_its_values(folder):
+    path = folder / "own.jsonl"
+    path.write_text(json.dumps({"n": 1, "bild": "images/1.png", "Alt-Text": "x"}) + "\n")
+    assert decode_sample(open_reader(str(path))[0]).texts == ("x",)
+    assert len(open_reader(str(path), image=(), text="")[0].files) == 0
+
+
 def test_folder_order_and_missing_caption(folder):
     deep = folder / "images" / "a"
     deep.mkdir()
@@ -167,7 +186,7 @@ def test_folder_order_and_missing_caption(folder):
         ("empty.csv", "", "no rows"),
         ("head.csv", "image,caption\n", "no rows"),
         ("wide.csv", "image,caption\na.png,one, two\n", "line 2 has 3 cells for 2 columns"),
-        ("cols.csv", "a,b\n1,2\n", "image_column: no column.*columns: a, b"),
+        ("cols.csv", "a,b\n1,2\n", "data.image: no column.*columns: a, b"),
         ("torn.jsonl", '{"image": "a"}\n{"image"', "line 2 is not json"),
         ("list.jsonl", "[1]\n", "line 1 is not an object"),
         ("dict.json", '{"image": "a"}', "must be a list"),
@@ -188,9 +207,9 @@ def test_user_errors_take_one_line(tmp_path, name, content, words):
 
 def test_more_user_errors(folder, monkeypatch):
     path = make("csv", folder)
-    with pytest.raises(ValueError, match=r"image_column: .* no column 'pic'; columns: image, caption, split"):
+    with pytest.raises(ValueError, match=r"data\.image: .* no column 'pic'; .*columns: image, caption, split"):
         open_reader(path, image="pic")
-    with pytest.raises(ValueError, match=r"text_column: .* no column 'cap'"):
+    with pytest.raises(ValueError, match=r"data\.text: .* no column 'cap'"):
         open_reader(path, text="cap")
     with pytest.raises(ValueError, match="root: there is no folder"):
         open_reader(path, root=folder / "none")
