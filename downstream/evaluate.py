@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
 PREDICTIONS = "predictions.jsonl"
+LIBRARIES = ("vlp", "torch", "torchvision", "timm", "transformers", "tokenizers", "open_clip_torch", "pillow", "numpy")
 
 
 class EvaluateConfig(Config):
@@ -149,7 +150,7 @@ def write_result(folder: Path, task: AnyTask, result: Result, facts: Mapping[str
         "headline": task.headline,
         "metrics": result.metrics,
         "floors": result.floors,
-        "counts": {"samples": len(result.predictions), "bad": len(result.bad)},
+        "counts": {"samples": len(result.predictions), **result.counts, "bad": len(result.bad)},
         "bad": result.bad,
         "notes": result.notes,
         **facts,
@@ -173,7 +174,7 @@ def weights_hash(model: Model) -> str:
 def versions() -> dict[str, str]:
     """Return the versions of what the numbers depend on."""
     found = {"python": platform.python_version()}
-    for name in ("vlp", "torch", "torchvision", "timm", "transformers"):
+    for name in LIBRARIES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # a checkout that is not installed

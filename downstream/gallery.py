@@ -1,8 +1,8 @@
 """All images and texts of a data set, and the model run over them: embeds once each, pairs in blocks of images.
 
-All ranks share the work and get the whole result. No table of all pairs is ever made; memory grows with the gallery's
-embeddings (N x E) and with one batch or block.
-Shapes: N images, S texts, E embedding, P pairs, Q queries, C keys.
+All ranks share the work. Memory grows with a rank's share of the gallery's embeddings (N x E) and with one batch or
+block.
+Shapes: N images, S texts, E embedding, P pairs.
 """
 
 from __future__ import annotations
@@ -210,12 +210,14 @@ def _embed(model: Model, name: Embed, batch: Batch) -> Tensor:
         return model.run([name], batch.to(model.device))[name].float()
 
 
-def embed_gallery(model: Model, gallery: Gallery, batch: int) -> tuple[Tensor, Tensor, dict[int, str]]:
-    """Embed everything once, over all ranks.
+def embed_shares(
+    model: Model, gallery: Gallery, batch: int
+) -> tuple[tuple[Tensor, tuple[int, ...]], tuple[Tensor, tuple[int, ...]], dict[int, str]]:
+    """Embed everything once, each rank its own part.
 
     Returns:
-        Images [N, E] and texts [S, E], unit-norm float32 on the model's device; and image -> reason of those that
-        cannot be used, whose vectors are zero.
+        This rank's images [n, E] and texts [s, E], unit-norm float32 on the model's device, each with the sizes of all
+        ranks' parts; and image -> reason of those of any rank that cannot be used, whose vectors are zero.
     """
     own = _own(gallery.num_images)
     images = torch.zeros(len(own), model.config.embed.width, device=model.device)
@@ -224,8 +226,8 @@ def embed_gallery(model: Model, gallery: Gallery, batch: int) -> tuple[Tensor, T
         images[torch.tensor(block, dtype=torch.int64, device=model.device) - own.start] = vectors
         bad |= broken
     texts = embed_texts(model, gallery, batch)
-    gathered = [gather_no_grad(x, _shares(n)) for x, n in ((images, gallery.num_images), (texts, gallery.num_texts))]
-    return gathered[0], gathered[1], dict(gather(list(bad.items())))
+    sizes = _shares(gallery.num_images), _shares(gallery.num_texts)
+    return (images, sizes[0]), (texts, sizes[1]), dict(gather(list(bad.items())))
 
 
 def _own(count: int) -> range:
@@ -233,8 +235,8 @@ def _own(count: int) -> range:
     return rank_slice(0, count, rank(), world_size())
 
 
-def _shares(count: int) -> list[int]:
-    return [len(rank_slice(0, count, each, world_size())) for each in range(world_size())]
+def _shares(count: int) -> tuple[int, ...]:
+    return tuple(len(rank_slice(0, count, each, world_size())) for each in range(world_size()))
 
 
 def match_pairs(
@@ -299,44 +301,3 @@ def image_blocks(counts: Sequence[int], limit: int, images: int) -> Iterator[sli
             start += limit
     if end > start:
         yield slice(start, end)
-
-
-def true_ranks(queries: Tensor, keys: Tensor, query_image: Tensor, key_image: Tensor, chunk: int = 1024) -> Tensor:
-    """Return the rank (1 = best) of each query's best true key among all keys, in chunks.
-
-    Equal scores are ordered by the smaller key index, as ``topk_chunked`` does.
-
-    Args:
-        queries: [Q, E].
-        keys: [C, E].
-        query_image: [Q] int64; a key is true if it is of the same image.
-        key_image: [C] int64.
-        chunk: rows of either side held at once.
-
-    Returns:
-        [Q] int64; one more than the number of keys where none is true.
-    """
-    found = []
-    for first in range(0, queries.shape[0], chunk):
-        rows, image = queries[first : first + chunk], query_image[first : first + chunk]
-        best = rows.new_full((rows.shape[0],), -torch.inf, dtype=torch.float32)
-        place = torch.full_like(image, keys.shape[0])
-        for start, score, true in _chunks(rows, keys, image, key_image, chunk):
-            top, at = score.masked_fill(~true, -torch.inf).max(1)  # the first of equal values
-            place = torch.where(top > best, at + start, place)
-            best = torch.maximum(best, top)
-        better = torch.ones_like(image)
-        for start, score, _ in _chunks(rows, keys, image, key_image, chunk):
-            at = torch.arange(start, start + score.shape[1], device=score.device)
-            better += ((score > best[:, None]) | ((score == best[:, None]) & (at < place[:, None]))).sum(1)
-        found.append(better)
-    return torch.cat(found) if found else query_image.new_zeros(0)
-
-
-def _chunks(
-    rows: Tensor, keys: Tensor, image: Tensor, key_image: Tensor, chunk: int
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Similarities of ``rows`` with each chunk of keys, and which pairs are true."""
-    for start in range(0, keys.shape[0], chunk):
-        part = slice(start, start + chunk)
-        yield start, rows.float() @ keys[part].float().T, image[:, None] == key_image[None, part]

@@ -3,22 +3,31 @@
 Data: images with one or several captions; every image and every caption of the data is the gallery. Reported are "ITC"
 (the embeddings alone), "ITM rerank" (the first k again by the matching logit, as ALBEF) and "ITM + w x ITC" (by the sum
 of both logits, w chosen on other data).
-Shapes: N images, S texts, Q queries, K candidates of each.
+Recall of an image with several captions has two definitions, reported under two names: i2t_any, any hit, which papers
+print, and i2t_mean, the fraction of its captions that are found.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from downstream.gallery import Gallery, embed_gallery, match_pairs, open_gallery, true_ranks
-from downstream.metrics.retrieval import RECALL_AT, retrieval_metrics, topk_chunked
+from downstream.gallery import Gallery, open_gallery
+from downstream.metrics.retrieval import RECALL_AT, rank_metrics, retrieval_metrics
+from downstream.search import (
+    Features,
+    Found,
+    choose_weight,
+    embed_usable,
+    every_pair,
+    first_stage,
+    part_of,
+    second_stage,
+)
 from downstream.task import R, Result, TaskConfig, no_labels
 from objectives import ItcConfig, ItmConfig, LmConfig, ObjectiveConfig
 from objectives.itm import Itm
@@ -31,71 +40,12 @@ from vlp.model import Model
 if TYPE_CHECKING:
     from vlp.run import Parts, RunConfig
 
-logger = logging.getLogger(__name__)
-
 ITC, ITM, SUM = "ITC", "ITM rerank", "ITM + w x ITC"
 SHOWN = 10
 """Candidates that a prediction names."""
 WEIGHTS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 ALL_PAIRS = 10_000_000
 """Most pairs that a model without embeddings, which must match all of them, is asked to match."""
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """One direction: what each query finds, on the CPU."""
-
-    index: Tensor
-    """[Q, K] int64, best by ITC first."""
-    itc: Tensor | None
-    """[Q, K] contrastive logits; None without embeddings (then all keys are candidates)."""
-    itm: Tensor | None
-    """[Q, K] matching logits; None without a matching head."""
-    rank: Tensor | None
-    """[Q] int64 rank of the best true key by ITC among all keys, 1 = first."""
-    true: Tensor
-    """[Q, K] bool, candidates that are of the query's image."""
-
-    def ranked(self, weight: float | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Order the candidates by ITM + ``weight`` x ITC, None = by ITC alone.
-
-        Returns:
-            Keys and scores, both [Q, K], best first, and the rank of each query's best true key among all keys, [Q].
-        """
-        if weight is None:
-            assert self.itc is not None and self.rank is not None
-            return self.index, self.itc, self.rank
-        assert self.itm is not None
-        score = self.itm if self.itc is None else self.itm + weight * self.itc
-        score, order = score.sort(dim=1, descending=True, stable=True)
-        true = self.true.gather(1, order)
-        rank = true.int().argmax(1) + 1  # the first of equal values
-        if self.rank is not None:  # what ITC ranks below the first K stays where it is
-            rank = torch.where(true.any(1), rank, self.rank)
-        return self.index.gather(1, order), score, rank
-
-
-@dataclass(frozen=True)
-class Found:
-    """Both directions over one gallery."""
-
-    gallery: Gallery
-    i2t: Candidates
-    t2i: Candidates
-    bad: dict[str, str]
-    """Samples that could not be used: key -> reason."""
-
-
-def choose_weight(found: Found, grid: Sequence[float]) -> float:
-    """Return the weight of the ITC logit with the best mean reciprocal rank over both directions, the first of equals.
-
-    Recall is too coarse for this on a small validation set.
-    """
-
-    def quality(weight: float) -> float:
-        return sum((1 / one.ranked(weight)[2].double()).mean().item() for one in (found.i2t, found.t2i))
-
-    return max(grid, key=quality)
 
 
 class RetrievalConfig(TaskConfig):
@@ -114,6 +64,11 @@ class RetrievalConfig(TaskConfig):
     """Only samples of weight_data whose fields have these values, as {split: val}."""
     weights: tuple[float, ...] = Field(WEIGHTS, min_length=1)
     """Weights to choose from."""
+    weight_unit: Literal["logit", "cosine"] = "logit"
+    """What the weight multiplies: ITC logits, or the cosines that they are the scaled form of. BLIP's published scores
+    are matching logit + cosine: weight 1, unit cosine."""
+    folds: int = Field(1, ge=1)
+    """Also report means over the images cut into so many galleries, in their order ("COCO 1K": 5 of the 5,000)."""
 
     headline: ClassVar[str] = "t2i/R@1"
 
@@ -152,23 +107,29 @@ class RetrievalConfig(TaskConfig):
         reported under both definitions, i2t_any and i2t_mean, else as i2t. ``floors`` is what a random order scores;
         ``notes`` name the gallery and the hash of its data.
         """
-        found = self.find(parts, reader)
+        gallery, bad = self._open(parts, reader, labelled=True)
+        gallery, features = self._embed(parts.model, gallery, bad)
+        if not 1 <= self.folds <= gallery.num_images:
+            raise ValueError(f"task.folds {self.folds} of {gallery.num_images} images; choose fewer")
+        found = self._stages(parts.model, gallery, features, bad)
         scorings, notes = self._scorings(parts, reader, found)
-        tables = {name: self._metrics(found, weight) for name, weight in scorings.items()}
-        last = list(tables)[-1]
-        named = tables[last] | {
-            f"{name}/{metric}": value for name, table in tables.items() for metric, value in table.items()
-        }
+        named = self._tables(found, scorings)
+        if self.folds > 1:
+            tables = [self._tables(one, scorings) for one in self._folds(parts.model, gallery, features)]
+            named |= {f"{self.folds} folds/{name}": fmean(table[name] for table in tables) for name in tables[0]}
+            size = gallery.num_images // self.folds
+            notes += (f"{self.folds} folds: means over galleries of {size} images each, in the data's order",)
         metrics = {metric: value for metric, value in named.items() if "chance/" not in metric}
         chance = {metric.replace("chance/", ""): value for metric, value in named.items() if "chance/" in metric}
-        gallery = found.gallery
         notes = (
             f"gallery: {gallery.num_images} images, {gallery.num_texts} texts; {data_hash(reader)}",
-            f"recalls without a prefix are of {last}",
+            f"recalls without a prefix are of {list(scorings)[-1]}",
             *notes,
             *_definition(gallery),
         )
-        return Result(metrics, {"chance": chance}, list(_rows(found, scorings, labelled=True)), found.bad, notes)
+        counts = {"images": gallery.num_images, "texts": gallery.num_texts}
+        rows = list(_rows(found, scorings, labelled=True))
+        return Result(metrics, {"chance": chance}, rows, bad, notes, counts)
 
     def predict(self, parts: Parts, reader: Reader) -> Iterator[dict[str, Any]]:
         """Yield the best texts of each image, then the best images of each text, among the reader's own."""
@@ -182,68 +143,47 @@ class RetrievalConfig(TaskConfig):
         Raises:
             ValueError: the model can neither embed nor match, or no sample can be used.
         """
-        model, data = parts.model, parts.run.data
+        return self.search(parts.model, *self._open(parts, reader, labelled))
+
+    def _open(self, parts: Parts, reader: Reader, labelled: bool) -> tuple[Gallery, dict[str, str]]:
+        model, data, bad = parts.model, parts.run.data, dict[str, str]()
         if (missing := self.lacks(model)) is not None:
             raise ValueError(
                 f"task retrieval: this model lacks {missing}; finetune it with vlp finetune retrieval first"
             )
-        bad: dict[str, str] = {}
-        gallery = open_gallery(reader, data, parts.tokenizer, model.config.vision.image_size, bad, texts=labelled)
-        return self.search(model, gallery, bad)
+        size = model.config.vision.image_size
+        return open_gallery(reader, data, parts.tokenizer, size, bad, texts=labelled), bad
 
     def search(self, model: Model, gallery: Gallery, bad: dict[str, str]) -> Found:
         """Do what ``find`` does on an open gallery; unusable images leave it and are added to ``bad``."""
-        embedded = None
-        if (space := model.space()) is not None and gallery.num_images and gallery.num_texts:
-            images, texts, broken = embed_gallery(model, gallery, self.batch)
-            if broken:
-                bad |= {gallery.image_keys[n]: reason for n, reason in broken.items()}
-                kept = [n for n in range(gallery.num_images) if n not in broken]
-                images, texts = images[kept], texts[gallery.texts_of(kept)]
-                gallery = gallery.without(broken)
-            embedded = images, texts, space.logit_scale.detach().float().exp().item()
+        return self._stages(model, *self._embed(model, gallery, bad), bad)
+
+    def _embed(self, model: Model, gallery: Gallery, bad: dict[str, str]) -> tuple[Gallery, Features | None]:
+        total = gallery.num_images + len(bad)
+        gallery, features = embed_usable(model, gallery, self.batch, bad, self.weight_unit == "cosine")
         if not gallery.num_images or not gallery.num_texts:
-            raise ValueError(no_labels("val", gallery.num_images + len(bad), bad))
-        own = torch.arange(gallery.num_images)
-        i2t = self._first(embedded, own, gallery.image_of_text)
-        turned = None if embedded is None else (embedded[1], embedded[0], embedded[2])
-        t2i = self._first(turned, gallery.image_of_text, own)
-        return Found(gallery, *self._match(model, gallery, i2t, t2i), bad)
+            raise ValueError(no_labels("val", total, bad))
+        return gallery, features
 
-    def _first(
-        self, embedded: tuple[Tensor, Tensor, float] | None, query_image: Tensor, key_image: Tensor
-    ) -> Candidates:
-        """The k best keys of each query by their embeddings (queries, keys, logit scale); all without embeddings."""
-        if embedded is None:
-            if (number := len(query_image) * len(key_image)) > ALL_PAIRS:
-                raise ValueError(
-                    f"task retrieval: this model has no embeddings, so that all {number:,} pairs would be matched; "
-                    f"take at most {ALL_PAIRS:,} (data.where), or finetune it with objective itc"
-                )
-            index = torch.arange(len(key_image)).expand(len(query_image), -1)
-            return Candidates(index, None, None, None, query_image[:, None] == key_image[None])
-        queries, keys, scale = embedded
-        score, index = (x.cpu() for x in topk_chunked(queries, keys, self.k))
-        true = query_image[:, None] == key_image[index]
-        rank = true.int().argmax(1) + 1
-        missed = (~true.any(1)).nonzero()[:, 0]
-        on = queries.device
-        rank[missed] = true_ranks(queries[missed.to(on)], keys, query_image[missed].to(on), key_image.to(on)).cpu()
-        return Candidates(index, score * scale, None, rank, true)
+    def _stages(self, model: Model, gallery: Gallery, features: Features | None, bad: dict[str, str]) -> Found:
+        if features is not None:
+            sides = first_stage(features, gallery, self.k)
+        elif (number := gallery.num_images * gallery.num_texts) <= ALL_PAIRS:
+            sides = every_pair(gallery)
+        else:
+            raise ValueError(
+                f"task retrieval: this model has no embeddings, so that all {number:,} pairs would be matched; "
+                f"take at most {ALL_PAIRS:,} (data.where), or finetune it with objective itc"
+            )
+        if (head := matching_head(model)) is not None:
+            sides = second_stage(model, head, gallery, *sides, self.pairs, self.batch)
+        return Found(gallery, *sides, bad)
 
-    def _match(self, model: Model, gallery: Gallery, i2t: Candidates, t2i: Candidates) -> tuple[Candidates, Candidates]:
-        """Match the pairs of both directions, each pair once."""
-        head = matching_head(model)
-        if head is None:
-            return i2t, t2i
-        texts = gallery.num_texts
-        image, text = torch.arange(gallery.num_images)[:, None], torch.arange(texts)[:, None]
-        flat = image * texts + i2t.index, t2i.index * texts + text
-        pairs = torch.cat([one.flatten() for one in flat]).unique()  # sorted, so grouped by image
-        logger.info("matching %d pairs of %d images and %d texts", len(pairs), gallery.num_images, texts)
-        scores = match_pairs(model, gallery, pairs, head, self.pairs, self.batch)
-        itm = [scores[torch.searchsorted(pairs, one)] for one in flat]
-        return replace(i2t, itm=itm[0]), replace(t2i, itm=itm[1])
+    def _folds(self, model: Model, gallery: Gallery, features: Features | None) -> Iterator[Found]:
+        """Search in each fold of the images alone."""
+        edges = [n * gallery.num_images // self.folds for n in range(self.folds + 1)]
+        for first, last in pairwise(edges):
+            yield self._stages(model, *part_of(gallery, features, range(first, last)), {})
 
     def _scorings(self, parts: Parts, reader: Reader, found: Found) -> tuple[dict[str, float | None], tuple[str, ...]]:
         """The weight of each scoring that there is, and what to say about them."""
@@ -280,14 +220,19 @@ class RetrievalConfig(TaskConfig):
         """Choose the weight of the ITC logit from ``weights`` on validation data."""
         return choose_weight(self.find(parts, reader), self.weights)
 
-    def _metrics(self, found: Found, weight: float | None) -> dict[str, float]:
-        i2t, t2i = found.i2t.ranked(weight), found.t2i.ranked(weight)
-        metrics = retrieval_metrics(i2t[0], t2i[0], found.gallery.image_of_text)
-        for name, rank in (("i2t", i2t[2]), ("t2i", t2i[2])):
-            metrics[f"{name}/median_rank"] = rank.double().quantile(0.5).item()
-        if _several(found.gallery):
-            return metrics
-        return {name.replace("i2t_any", "i2t"): value for name, value in metrics.items() if "i2t_mean" not in name}
+    def _tables(self, found: Found, scorings: Mapping[str, float | None]) -> dict[str, float]:
+        """The metrics of each scoring under its name, and of the last one without a prefix."""
+        tables = {name: _metrics(found, weight) for name, weight in scorings.items()}
+        prefixed = {f"{name}/{metric}": value for name, table in tables.items() for metric, value in table.items()}
+        return list(tables.values())[-1] | prefixed
+
+
+def _metrics(found: Found, weight: float | None) -> dict[str, float]:
+    i2t, t2i = found.i2t.ranked(weight), found.t2i.ranked(weight)
+    metrics = retrieval_metrics(i2t[0], t2i[0], found.gallery.image_of_text) | rank_metrics(i2t[2], t2i[2])
+    if _several(found.gallery):
+        return metrics
+    return {name.replace("i2t_any", "i2t"): value for name, value in metrics.items() if "i2t_mean" not in name}
 
 
 def matching_head(model: Model) -> Itm | None:
@@ -316,7 +261,7 @@ def _definition(gallery: Gallery) -> tuple[str, ...]:
         return ()
     return (
         f"{gallery.num_texts / gallery.num_images:.1f} captions an image: i2t_any counts an image as found if any "
-        "caption of it is (as papers print), i2t_mean is the share of its captions that are found",
+        "caption of it is (any hit, as papers print), i2t_mean is the fraction of its captions that are found",
     )
 
 
@@ -345,4 +290,11 @@ def _rows(found: Found, scorings: Mapping[str, float | None], labelled: bool) ->
                 of_image = [gallery.captions[s] for s in captions[image]]
                 row["true"] = of_image if name == "i2t" else [gallery.image_keys[image]]
                 row["ranks"] = {scoring: each[query] for scoring, each in ranks.items()}
+                row["metrics"] = _of_rank(name, list(ranks.values())[-1][query])
             yield row | {"found": [names[key] for key in best], "scores": score}
+
+
+def _of_rank(direction: str, rank: int) -> dict[str, float]:
+    """What a query adds to the recalls (any hit), and its reciprocal rank, by which two runs are compared."""
+    hits = {f"{direction}/R@{k}": float(rank <= k) for k in RECALL_AT}
+    return hits | {f"{direction}/reciprocal rank": 1 / rank}

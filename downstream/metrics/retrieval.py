@@ -106,6 +106,25 @@ def retrieval_metrics(
     return result | {f"chance/{name}": value for name, value in chance.items()}
 
 
+def rank_metrics(i2t_rank: Tensor, t2i_rank: Tensor) -> dict[str, float]:
+    """Median and mean rank in both directions (1 is best), as Karpathy's code and VSE++ report them.
+
+    With several captions an image has the rank of its best one. The median of an even number of ranks is the mean of
+    the two in the middle, where those codes round down.
+
+    Args:
+        i2t_rank: Rank of each image's best caption among all texts, `[Ni]`.
+        t2i_rank: Rank of each text's image among all images, `[Nt]`.
+
+    Returns:
+        `i2t/median_rank`, `i2t/mean_rank`, `t2i/median_rank`, `t2i/mean_rank`.
+    """
+    result: dict[str, float] = {}
+    for name, rank in (("i2t", i2t_rank.double()), ("t2i", t2i_rank.double())):
+        result |= {f"{name}/median_rank": rank.quantile(0.5).item(), f"{name}/mean_rank": rank.mean().item()}
+    return result
+
+
 def _sort_keys(similarity: Tensor, start: int) -> Tensor:
     """One int64 for each score that sorts by score, then by smaller index: both are unpacked from it again."""
     bits = (similarity + 0.0).contiguous().view(torch.int32).long()  # + 0.0 makes -0.0 equal to 0.0

@@ -16,9 +16,10 @@ from toys import COLORS, FILLINGS, TRAIN, caption_table, checkpoint, picture, wr
 
 import vlp.fusion.dual
 from downstream.evaluate import parts_of
-from downstream.gallery import Gallery, embed_gallery, image_blocks, match_pairs, open_gallery, true_ranks
+from downstream.gallery import Gallery, embed_shares, image_blocks, match_pairs, open_gallery
 from downstream.metrics.retrieval import topk_chunked
-from downstream.retrieval import ITC, ITM, SUM, Candidates, Found, RetrievalConfig, choose_weight, data_hash
+from downstream.retrieval import ITC, ITM, SUM, RetrievalConfig, data_hash
+from downstream.search import Candidates, Found, Share, choose_weight, true_ranks
 from downstream.task import evaluating
 from encoders.types import Batch, Images
 from objectives import ItcConfig, ItmConfig
@@ -74,7 +75,7 @@ def test_true_ranks_equal_brute_force(chunk):
     draw = torch.Generator().manual_seed(0)
     queries, keys = (torch.randint(-2, 3, (n, 3), generator=draw).float() for n in (7, 11))  # many ties
     query_image, key_image = torch.arange(7), torch.randint(0, 8, (11,), generator=draw)
-    found = true_ranks(queries, keys, query_image, key_image, chunk)
+    found = true_ranks(queries, Share(keys, (11,)), query_image, key_image, chunk)
     order = topk_chunked(queries, keys, 11, chunk)[1]
     for query in range(7):
         hits = (key_image[order[query]] == query).nonzero()[:, 0].tolist()
@@ -325,8 +326,8 @@ def test_training_beats_chance_and_the_weight_comes_from_other_data(tmp_path):
 
 def test_embeddings_are_of_unit_norm_and_in_order():
     model, gallery = tiny_model("none", ("itc",)), make_gallery(7, [1, 2])
-    images, texts, bad = embed_gallery(model, gallery, 3)
-    assert not bad
+    (images, sizes), (texts, _), bad = embed_shares(model, gallery, 3)
+    assert not bad and sizes == (7,)
     with evaluating(model):
         for n in range(7):
             alone = model.run([Embed("image")], Batch(images={"clean": Images(gallery.pixels[n][None])}))[
