@@ -5,7 +5,13 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from downstream.captioning import CaptioningConfig
+from downstream.linear_probe import LinearProbeConfig
+from downstream.nlvr2 import Nlvr2Config
 from downstream.retrieval import RetrievalConfig
+from downstream.snli_ve import SnliVeConfig
 from downstream.vqa import VqaConfig
+from downstream.zero_shot import ZeroShotConfig
 
-AnyTask: TypeAlias = Annotated[VqaConfig | CaptioningConfig | RetrievalConfig, Field(discriminator="kind")]
+AnyTask: TypeAlias = Annotated[
+    VqaConfig | CaptioningConfig | RetrievalConfig | ZeroShotConfig | LinearProbeConfig, Field(discriminator="kind")
+]
