@@ -1,9 +1,14 @@
 """Converters from the official annotation files of data sets to our tables. One file a family, one line here each."""
 
-from downstream.convert import vqa
+from downstream.convert import captions, vqa
 from downstream.convert.types import Converter
 
 CONVERTERS: dict[str, Converter] = {
     "vqav2": vqa.vqav2,
     "vg_qa": vqa.vg_qa,
+    "gqa": vqa.gqa,
+    "coco_captions": captions.coco_captions,
+    "nocaps": captions.nocaps,
+    "textcaps": captions.textcaps,
+    "karpathy": captions.karpathy,
 }

@@ -61,7 +61,11 @@ def list_in(path: Path, field: str | None, about: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: there is no such list, or it holds something else than objects.
     """
-    found = read_json(path)
+    return list_of(read_json(path), path, field, about)
+
+
+def list_of(found: Any, path: Path, field: str | None, about: str) -> list[dict[str, Any]]:
+    """Do as ``list_in`` with what was ``found`` in the file."""
     where = f"field {field!r}" if field else "the file"
     if field is not None:
         found = found.get(field) if isinstance(found, dict) else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from downstream.convert.files import lacking, list_in, object_in
+from downstream.convert.files import lacking, list_in, list_of, object_in
 from downstream.convert.types import Bad, Row
 
 
@@ -29,10 +29,11 @@ def vqav2(questions: Sequence[Path], annotations: Sequence[Path] = ()) -> Iterat
         for one in list_in(path, "annotations", "the official annotations, v2_mscoco_..._annotations.json"):
             answered[one.get("question_id")] = one
     for path in questions:
-        subset = object_in(path, about).get("data_subtype")
+        found = object_in(path, about)
+        subset = found.get("data_subtype")
         if not isinstance(subset, str):
             raise ValueError(f"{path}: no field 'data_subtype', which names the images' folder; give {about}")
-        for entry in list_in(path, "questions", about):
+        for entry in list_of(found, path, "questions", about):
             key = str(entry.get("question_id"))
             reason = lacking(entry, "question_id", "image_id", "question")
             if reason is None and annotations:
@@ -95,3 +96,54 @@ def vg_qa(questions: Path, image_data: Path | None = None) -> Iterator[Row | Bad
                 "question_id": entry["qa_id"],
                 "answer": entry["answer"].strip().removesuffix("."),
             }
+
+
+def gqa(questions: Sequence[Path], all_questions: bool = False) -> Iterator[Row | Bad]:
+    """GQA: val_balanced_questions.json, ..., or folders of parts (train_all_questions); images 2375429.jpg.
+
+    Args:
+        questions: files of questions, or folders with them; the word before the first ``_`` names the split.
+        all_questions: keep also questions outside the balanced set: consistency asks for the answers to them.
+
+    Yields:
+        image, image_id, question, question_id, answer (not in test sets), split, balanced, and what GQA's metrics ask
+        for: structural, semantic and detailed type, steps, group, entailed.
+
+    Raises:
+        ValueError: a file is not of the format.
+    """
+    for path in questions:
+        for part in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+            split = part.name.split("_")[0]
+            for key, entry in object_in(part, "GQA's questions, val_balanced_questions.json or alike").items():
+                if not isinstance(entry, dict):
+                    raise ValueError(f"{part}: entry {key} is not a question; give GQA's questions")
+                if reason := lacking(entry, "question", "imageId"):
+                    yield Bad(key, reason)
+                elif all_questions or entry.get("isBalanced", True):
+                    yield _gqa_row(key, entry, split)
+
+
+def _gqa_row(key: str, entry: Mapping[str, Any], split: str) -> Row:
+    number, types, groups = entry["imageId"], entry.get("types") or {}, entry.get("groups") or {}
+    row: Row = {
+        "image": f"{number}.jpg",
+        "image_id": number,
+        "question": entry["question"],
+        "question_id": key,
+        **({"answer": entry["answer"]} if entry.get("answer") else {}),
+        "split": split,
+        "balanced": bool(entry.get("isBalanced", True)),
+        **{name: types[name] for name in ("structural", "semantic", "detailed") if types.get(name)},
+        "group": groups.get("global"),
+        "entailed": [one for one in entry.get("entailed") or () if one != key],
+    }
+    if "semantic" in entry:
+        row["steps"] = sum(not _is_final(one) for one in entry["semantic"])
+    return row
+
+
+def _is_final(operation: Mapping[str, Any]) -> bool:
+    """Whether an operation ends the reasoning without being a step of it, as the official evaluation counts steps."""
+    said = f"{operation.get('operation')}: {operation.get('argument')}"
+    return any(word in said for word in ("exist", "query: name", "choose name"))
