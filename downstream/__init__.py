@@ -13,5 +13,12 @@ from downstream.vqa import VqaConfig
 from downstream.zero_shot import ZeroShotConfig
 
 AnyTask: TypeAlias = Annotated[
-    VqaConfig | CaptioningConfig | RetrievalConfig | ZeroShotConfig | LinearProbeConfig, Field(discriminator="kind")
+    VqaConfig
+    | CaptioningConfig
+    | RetrievalConfig
+    | ZeroShotConfig
+    | LinearProbeConfig
+    | Nlvr2Config
+    | SnliVeConfig,
+    Field(discriminator="kind"),
 ]
