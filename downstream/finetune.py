@@ -17,6 +17,7 @@ from torch import Tensor
 from downstream import AnyTask
 from downstream.evaluate import data_facts, inherited, open_data, parts_of, result_table, weights_hash, write_result
 from downstream.task import Result, TaskConfig
+from encoders.patch import resample_patches
 from objectives import AnswerConfig, ObjectiveConfig
 from vlp.checkpoint.load import LoadedConfig
 from vlp.checkpoint.native import LoadReport, load_weights
@@ -139,13 +140,14 @@ def finetune_table(run: FinetuneConfig, done: Finetuned) -> Table | None:
 def take_weights(model: Model, source: Model) -> LoadReport:
     """Fill a model from a pretrained one: everything that still exists, in the same shape.
 
-    A new decoder's blocks begin as the fusion's where the shapes agree (Li et al. 2021, ALBEF, section 4), its words as
-    the text encoder's, a new word head as that of masked words. A fusion that reads two images by turns begins with
-    every block of one twice (section 5). An answer head is only taken over with its answers.
+    Position embeddings and patches become those of another image and patch size. A new decoder's blocks begin as the
+    fusion's where the shapes agree (Li et al. 2021, ALBEF, section 4), its words as the text encoder's, a new word head
+    as that of masked words. A fusion that reads two images by turns begins with every block of one twice (section 5).
+    An answer head is only taken over with its answers.
     """
     state, wanted = dict(source.state_dict()), model.state_dict()
     taken = dict(_begun_as(wanted, state)) | dict(_doubled(model, source, state))
-    state |= taken
+    state |= taken | dict(_resampled(state, wanted))
     ignore = [name for name, tensor in state.items() if name in wanted and _differs(name, tensor, wanted[name])]
     for name, one in model.objective_configs.items():
         other = source.objective_configs.get(name)
@@ -185,6 +187,15 @@ def _doubled(model: Model, source: Model, state: Mapping[str, Tensor]) -> Iterab
             old = f"{found[1]}{int(found[2]) // 2}{found[3]}"
             if old in state:
                 yield name, state[old]
+
+
+def _resampled(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+    """The projection of image patches, where the new ones have another side."""
+    name = "vision.vit.patch_embed.proj.weight"
+    old, new = state.get(name), wanted.get(name)
+    if old is not None and new is not None and old.shape[2:] != new.shape[2:]:
+        logger.info("patches of %d cells a side are resampled to %d", old.shape[-1], new.shape[-1])
+        yield name, resample_patches(old, new.shape[-1])
 
 
 def _differs(name: str, stored: Tensor, wanted: Tensor) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import timm
 import torch
 from pydantic import Field
-from timm.layers import HybridEmbed, LayerNorm, PatchEmbed
+from timm.layers import HybridEmbed, LayerNorm, PatchEmbed, resample_patch_embed
 from torch import Tensor, nn
 
 from encoders.positions import PositionResize, positions_per_image
@@ -337,6 +337,15 @@ def _create(config: PatchConfig, pretrained: bool) -> Any:
         return timm.create_model(config.model, pretrained=pretrained, **(arguments | config.arguments))
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise ValueError(f"model.vision.model: timm cannot build {config.model!r} with {arguments}: {error}") from error
+
+
+def resample_patches(weight: Tensor, side: int) -> Tensor:
+    """Patch projection [D, C, n, n] -> that of patches of another side, [D, C, side, side].
+
+    A picture that grows with its patches has the same tokens; of one that shrinks they are the nearest there are
+    (Beyer et al. 2023, FlexiViT, section 3.4).
+    """
+    return resample_patch_embed(weight, [side, side])
 
 
 def rename_vit(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ def tiny_model(
     *,
     dropout: float = 0.0,
     seed: int = 0,
+    vision: PatchConfig | None = None,
 ) -> Model:
     """A model of two small blocks a part; ``fusion`` may be none, single_stream, dual_stream, co or a config.
 
@@ -55,7 +56,8 @@ def tiny_model(
             "co": DualStreamConfig(**sizes, attention="co"),
         }[fusion]
     config = ModelConfig(
-        vision=PatchConfig(
+        vision=vision
+        or PatchConfig(
             model="vit_tiny_patch16_224", pretrained=False, image_size=PIXELS, patch_size=4, width=32, depth=2, heads=4
         ),
         text=TextConfig(**sizes, vocabulary_size=VOCABULARY, max_length=LENGTH),

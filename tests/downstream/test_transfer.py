@@ -46,3 +46,19 @@ def test_a_decoder_begins_as_the_fusion_and_its_teacher_as_the_decoder() -> None
     for name, weight in model.decoder.blocks.state_dict().items():
         assert torch.equal(weight, source.fusion.blocks.state_dict()[name])
         assert torch.equal(weight, model.teacher.decoder.blocks.state_dict()[name])
+
+
+def test_wider_patches_give_the_tokens_of_the_checkpoints_on_a_picture_of_twice_the_size() -> None:
+    source = tiny_model("dual_stream", PRETRAINED)
+    vision = source.config.vision
+    twice = vision.model_copy(update={"patch_size": 2 * vision.patch_size, "image_size": 2 * vision.image_size})
+    model = tiny_model("dual_stream", {"answer": AnswerConfig(answers=("no", "yes"))}, seed=1, vision=twice)
+    report = take_weights(model, source)
+    assert not [name for name in report.missing if name.startswith("vision.")]
+    colours = torch.rand(2, 3, *model.vision.grid)  # one for each patch
+    small, large = (
+        colours.repeat_interleave(one.patch_size, 2).repeat_interleave(one.patch_size, 3) for one in (vision, twice)
+    )
+    torch.testing.assert_close(
+        model.vision.vit.patch_embed(large), source.vision.vit.patch_embed(small), atol=1e-4, rtol=1e-3
+    )
