@@ -24,10 +24,10 @@ from vlp.checkpoint.load import LoadedConfig
 from vlp.checkpoint.native import weights_of
 from vlp.config import Config, Layer
 from vlp.data.loader import DataConfig
-from vlp.data.reader import Reader, open_reader
+from vlp.data.reader import Reader
 from vlp.loaded import Loaded
 from vlp.model import Model
-from vlp.run import Parts, RunConfig
+from vlp.run import Parts, RunConfig, open_training_data, open_validation_data
 
 logger = logging.getLogger(__name__)
 
@@ -67,16 +67,16 @@ def parts_of(loaded: Loaded, data: DataConfig) -> Parts:
 
 
 def open_data(data: DataConfig, which: str) -> Reader:
-    """Open ``data.train`` or ``data.val``.
+    """Open ``data.train`` or ``data.val``, which may be a part of the first.
 
     Raises:
         ValueError: it is not named, or cannot be opened.
     """
-    spec = data.train if which == "train" else data.val
-    if not spec:
-        raise ValueError(f"data.{which} is not set; name the data with --data.{which} (shards, a table or a folder)")
-    where = data.val_where if which == "val" and data.val_where is not None else data.where
-    return open_reader(spec, image=data.image, text=data.text, root=data.root, where=where)
+    if which == "val":
+        return open_validation_data(data)
+    if not data.train:
+        raise ValueError("data.train is not set; name the data with --data.train (shards, a table or a folder)")
+    return open_training_data(data)
 
 
 def evaluate(run: EvaluateConfig, loaded: Loaded, folder: Path, *, command: str = "") -> Result:

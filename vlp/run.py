@@ -14,6 +14,7 @@ from objectives import ObjectiveConfig
 from vlp.config import Config
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, decode_texts, open_reader
+from vlp.data.split import split_by_image
 from vlp.data.tokenizer import Tokenizer, build_tokenizer
 from vlp.model import Model, ModelConfig, build_model
 from vlp.train.config import TrainConfig
@@ -115,6 +116,24 @@ def assemble(run: RunConfig, *, tokenizer: Tokenizer | None = None, pretrained: 
 
 
 def open_training_data(data: DataConfig) -> Reader:
-    """Open the reader of ``data.train``."""
+    """Open the reader of ``data.train``, without what ``data.split`` holds out."""
     assert data.train is not None
-    return open_reader(data.train, image=data.image, text=data.text, root=data.root, where=data.where)
+    reader = open_reader(data.train, image=data.image, text=data.text, root=data.root, where=data.where)
+    if data.split is None or data.val is not None:
+        return reader
+    return split_by_image(reader, data.split).of(reader, "train")
+
+
+def open_validation_data(data: DataConfig) -> Reader:
+    """Open the reader of ``data.val``, or of what ``data.split`` holds out of ``data.train``.
+
+    Raises:
+        ValueError: neither is named, or cannot be opened.
+    """
+    if data.val is None and data.split is not None and data.train is not None:
+        reader = open_reader(data.train, image=data.image, text=data.text, root=data.root, where=data.where)
+        return split_by_image(reader, data.split).of(reader, "val")
+    if not data.val:
+        raise ValueError("data.val is not set; name the data with --data.val (shards, a table or a folder)")
+    where = data.val_where if data.val_where is not None else data.where
+    return open_reader(data.val, image=data.image, text=data.text, root=data.root, where=where)

@@ -146,7 +146,7 @@ def spoil(folder: Path, images: int = 0, captions: int = 0) -> Path:
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_few_bad_samples_are_named_and_counted(recipe, tmp_path, capsys, workers):
-    """Two of 20: below the threshold, which lets a tenth of small data pass."""
+    """Two of 20: below the threshold, which lets an eighth of small data pass."""
     data = spoil(tmp_path / "data", images=1, captions=1)
     words = ["pretrain", recipe, "--out", tmp_path / "run", "--device", "cpu", "--data.train", data]
     assert main([*map(str, words), "--data.workers", workers]) == 0

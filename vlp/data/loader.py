@@ -47,6 +47,9 @@ class DataConfig(Config):
     """Only samples whose fields have these values, as {split: train}."""
     val_where: dict[str, Any] | None = None
     """The same for the validation data; none = as where."""
+    split: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the images of `train` that are held out as validation data where `val` names none; which ones follows
+    from a hash of each image, so that none is in both. None = no validation data."""
     image: str | tuple[str, ...] | None = None
     """Column or columns (tables), or members by extension (shards), of the images; none = guessed."""
     text: str | None = None
@@ -78,7 +81,7 @@ class DataConfig(Config):
     """Loader processes per rank; 0 loads in the training process. The batches are the same."""
     bad_samples: float = Field(default=0.01, ge=0, le=1)
     """Share of bad samples, of those read by a rank, above which the run stops; 0 = at the first. Else ten are let pass
-    in any case, or a tenth of data of less than 100 samples."""
+    in any case, or an eighth of data of less than 80 samples."""
 
 
 def check_hash(reader: Reader, config: DataConfig) -> None:
@@ -92,6 +95,11 @@ def check_hash(reader: Reader, config: DataConfig) -> None:
             f"data.hash {config.hash} is not that of data.train ({reader.fingerprint}): the data changed since "
             "the run began; restore them, or set data.hash none to go on with these"
         )
+
+
+def tolerated(share: float, seen: int, size: int) -> float:
+    """Return how many of ``seen`` samples may be bad, of data of ``size`` samples (`data.bad_samples`)."""
+    return max(share * seen, min(_TOLERATED, math.ceil(size / 8))) if share > 0 else 0
 
 
 def _same(fetched: Any) -> Any:
@@ -244,8 +252,7 @@ class Loader:
         self.bad |= new
         share, size = self._config.bad_samples, self.order.size
         seen = min(max(self._seen, len(self.bad)), size)  # later epochs show the same samples again
-        allowed = max(share * seen, min(_TOLERATED, math.ceil(size / 10))) if share > 0 else 0
-        if new and len(self.bad) > allowed:
+        if new and len(self.bad) > tolerated(share, seen, size):
             raise ValueError(
                 f"data: {len(self.bad)} of the {seen} samples read so far are bad, more than data.bad_samples "
                 f"{share:g} allows: {_some(self.bad)}; repair or remove them, or raise data.bad_samples"

@@ -215,7 +215,7 @@ def test_what_is_tolerated(tokenizer):
 
     ten = MemoryReader(size=200, bad=tuple(range(0, 20, 2)))
     assert run(ten, 24) == 3
-    assert run(MemoryReader(bad=(1, 5, 9)), 24) == 3  # a tenth of 23, rounded up
+    assert run(MemoryReader(bad=(1, 5, 9)), 24) == 3  # an eighth of 23, rounded up
     with pytest.raises(ValueError, match="4 of the"):
         run(MemoryReader(bad=(1, 5, 9, 11)), 24)
     with pytest.raises(ValueError, match="1 of the 8 samples"):
