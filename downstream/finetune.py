@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,16 @@ from typing import Any
 import torch
 from pydantic import Field
 from rich.table import Table
-from torch import Tensor
 
 from downstream import AnyTask
 from downstream.evaluate import data_facts, inherited, open_data, parts_of, result_table, weights_hash, write_result
 from downstream.task import Result, TaskConfig
-from encoders.patch import resample_patches
-from objectives import AnswerConfig, ObjectiveConfig
+from downstream.transfer import say_transfer, take_weights
+from objectives import ObjectiveConfig
 from vlp.checkpoint.load import LoadedConfig
-from vlp.checkpoint.native import LoadReport, load_weights
+from vlp.checkpoint.native import LoadReport
 from vlp.config import Layer, build
 from vlp.loaded import Loaded
-from vlp.model import Model
 from vlp.pretrain import with_hash
 from vlp.run import RunConfig, assemble
 from vlp.train.loop import Outcome, train
@@ -135,83 +132,3 @@ def finetune_table(run: FinetuneConfig, done: Finetuned) -> Table | None:
     if done.lacked is not None:
         table.caption = f"before: n/a, the checkpoint lacks {done.lacked}\n{table.caption}"
     return table
-
-
-def take_weights(model: Model, source: Model) -> LoadReport:
-    """Fill a model from a pretrained one: everything that still exists, in the same shape.
-
-    Position embeddings and patches become those of another image and patch size. A new decoder's blocks begin as the
-    fusion's where the shapes agree (Li et al. 2021, ALBEF, section 4), its words as the text encoder's, a new word head
-    as that of masked words. A fusion that reads two images by turns begins with every block of one twice (section 5).
-    An answer head is only taken over with its answers.
-    """
-    state, wanted = dict(source.state_dict()), model.state_dict()
-    taken = dict(_begun_as(wanted, state)) | dict(_doubled(model, source, state))
-    state |= taken | dict(_resampled(state, wanted))
-    ignore = [name for name, tensor in state.items() if name in wanted and _differs(name, tensor, wanted[name])]
-    for name, one in model.objective_configs.items():
-        other = source.objective_configs.get(name)
-        if isinstance(one, AnswerConfig) and isinstance(other, AnswerConfig) and one.answers != other.answers:
-            ignore.append(f"objectives.{name}.*")
-    report = load_weights(model, state, strict=False, ignore=ignore)
-    if taken:
-        logger.info("%d new weights of %s begin as those of fusion or mlm", len(taken), ", ".join(part_names(taken)))
-    return report
-
-
-BEGINNINGS = (
-    ("decoder.embeddings.", "text.embeddings."),
-    ("decoder.", "fusion."),
-    ("objectives.lm.", "objectives.mlm."),
-    ("objectives.assign.alike.", "embed.main.image."),
-)
-"""Weights of new parts, and of which parts' they begin as."""
-
-
-def _begun_as(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-    """Weights of new parts that the source has in another of the same shape, by their new names."""
-    for name, tensor in wanted.items():
-        for new, old in BEGINNINGS:
-            found = state.get(old + name.removeprefix(new)) if name.startswith(new) and name not in state else None
-            if found is not None and found.shape == tensor.shape:
-                yield name, found
-
-
-def _doubled(model: Model, source: Model, state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-    """Blocks of a fusion that reads two images by turns: each of the source's, twice."""
-    turns, one = (getattr(each.config.fusion, "images", None) for each in (model, source))
-    if turns != "alternate" or one != "one":
-        return
-    for name in model.state_dict():
-        if found := re.fullmatch(r"((?:teacher\.)?fusion\.blocks\.)(\d+)(\..+)", name):
-            old = f"{found[1]}{int(found[2]) // 2}{found[3]}"
-            if old in state:
-                yield name, state[old]
-
-
-def _resampled(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
-    """The projection of image patches, where the new ones have another side."""
-    name = "vision.vit.patch_embed.proj.weight"
-    old, new = state.get(name), wanted.get(name)
-    if old is not None and new is not None and old.shape[2:] != new.shape[2:]:
-        logger.info("patches of %d cells a side are resampled to %d", old.shape[-1], new.shape[-1])
-        yield name, resample_patches(old, new.shape[-1])
-
-
-def _differs(name: str, stored: Tensor, wanted: Tensor) -> bool:
-    """Whether a weight cannot be taken over; the image positions are interpolated when it is loaded."""
-    return stored.shape != wanted.shape and name != "vision.vit.pos_embed"
-
-
-def say_transfer(report: LoadReport) -> None:
-    """Log what is new and what was left out, by part."""
-    logger.info("%d weights from the checkpoint", len(report.loaded) + len(report.resized) + len(report.converted))
-    for what, names in (("new, from random weights", report.missing), ("left out", report.unexpected)):
-        if names:
-            logger.info("%s: %s", what, ", ".join(part_names(names)))
-
-
-def part_names(names: Iterable[str]) -> list[str]:
-    """Return the parts that weights belong to: objectives by name, else the first level."""
-    parts = (name.split(".") for name in names)
-    return sorted({".".join(part[:2]) if part[0] == "objectives" else part[0] for part in parts})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from helpers import SIZES, tiny_model
 
-from downstream.finetune import take_weights
+from downstream.transfer import take_weights
 from objectives import AnswerConfig, AssignConfig, ItcConfig, ItmConfig, LmConfig, MlmConfig
 from vlp.fusion.dual import DualStreamConfig
 
