@@ -122,6 +122,7 @@ class Batch:
     position: Tensor | None = None
     """[B] int64 global position of each sample in the run's data order."""
     source: str = ""
+    """Of the data, ``main`` or one of `data.sources`: objectives of another one stand aside; "": none in particular."""
     seen: int = 0
     """Samples that the run had seen before this step, over all ranks; drives ramps."""
     counts: tuple[tuple[int, int], ...] | None = None
@@ -134,6 +135,12 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Return the batch with every tensor in page-locked memory; torch's DataLoader looks for this name."""
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+    @property
+    def missing(self) -> frozenset[Modality]:
+        """What it does not bring."""
+        given: dict[Modality, Mapping[str, Any]] = {"image": self.images, "text": self.texts}
+        return frozenset(modality for modality, views in given.items() if not views)
 
     @property
     def num_images(self) -> int:

@@ -17,13 +17,13 @@ from encoders.layers import initialise
 from encoders.types import Batch
 from objectives.base import Draw, Encode, Fuse, LossOutput, ModelSpec, Objective, Results, Rows, Side
 from objectives.pairs import Positives, find_pairs, image_of_text, true_pairs
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 NUM_CLASSES = 3
 """The first image, the second, neither."""
 
 
-class AssignConfig(Config):
+class AssignConfig(ObjectiveSettings):
     """Assign the text to one of two images, or to neither."""
 
     kind: Literal["assign"] = "assign"

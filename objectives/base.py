@@ -333,6 +333,8 @@ class Objective(nn.Module):
     """Whether the momentum teacher keeps a copy of it, ``results.teacher_heads[name]``."""
     name = ""
     """Its name in the model, which sets it."""
+    source: str | None = None
+    """Source of the data that trains it, which the model sets; None: every one that has what it reads."""
     one_modality = False
     """Whether it is meant for one modality alone, so that a model of it need not read the other."""
     unpaired = False

@@ -16,10 +16,10 @@ from encoders.types import Batch, Images
 from objectives.base import WHOLE, Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Rows, Side
 from objectives.heads import MlpHead
 from objectives.pairs import image_of_text
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 
-class BoxConfig(Config):
+class BoxConfig(ObjectiveSettings):
     """Predict a text's box in the whole picture."""
 
     kind: Literal["box"] = "box"

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from encoders.types import Batch
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side
 from objectives.heads import POOLED_HEADS, PooledHead
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 
-class ChooseConfig(Config):
+class ChooseConfig(ObjectiveSettings):
     """Choose the right one of the texts that an image comes with."""
 
     kind: Literal["choose"] = "choose"

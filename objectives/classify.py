@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from encoders.layers import initialise
 from encoders.types import Batch, Tokens
 from objectives.base import Draw, Encode, LossOutput, ModelSpec, Objective, Results, Side
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 
-class ClassifyConfig(Config):
+class ClassifyConfig(ObjectiveSettings):
     """Choose the image's class from a list."""
 
     kind: Literal["classify"] = "classify"

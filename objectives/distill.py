@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pydantic import Field
 from torch import Tensor, nn
 
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 
-class DistillConfig(Config):
+class DistillConfig(ObjectiveSettings):
     """An objective that may learn from the momentum teacher (`model.momentum`)."""
 
     distill: float = Field(0.0, ge=0, le=1)

@@ -19,10 +19,10 @@ from objectives.base import MAIN, Draw, Embed, Fuse, LossOutput, ModelSpec, Obje
 from objectives.collectives import gather_grad_to_all
 from objectives.itc import contrastive, evenly, similarities, top1
 from objectives.pairs import Positives, find_pairs, true_pairs
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 
-class FusedItcConfig(Config):
+class FusedItcConfig(ObjectiveSettings):
     """Softmax contrastive loss among images, texts and fused pairs."""
 
     kind: Literal["fused_itc"] = "fused_itc"

@@ -22,14 +22,14 @@ from objectives.collectives import gather_no_grad
 from objectives.itc import contrastive, evenly, similarities, top1
 from objectives.pairs import Pairing, Positives, find_pairs, first_numbers
 from objectives.queue import PairQueue
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 SIDES: tuple[Modality, ...] = ("image", "text")
 _NEVER = -1e4
 """Logit of what is no candidate; finite, so that a row without candidates has a gradient."""
 
 
-class IntraConfig(Config):
+class IntraConfig(ObjectiveSettings):
     """Image to image and text to text, by the momentum teacher's embeddings."""
 
     kind: Literal["intra"] = "intra"

@@ -22,10 +22,10 @@ from objectives.collectives import gather_no_grad
 from objectives.heads import MlpHead
 from objectives.itc import similarities
 from objectives.pairs import Positives, find_pairs, first_numbers, image_of_text, true_pairs
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 
-class ItmConfig(Config):
+class ItmConfig(ObjectiveSettings):
     """Binary matching on the pooled fused vector."""
 
     kind: Literal["itm"] = "itm"
@@ -55,6 +55,9 @@ class ItmConfig(Config):
     """Samples up to which negatives are drawn evenly."""
     hard_from: int = 0
     """Samples from which negatives are drawn by similarity alone; between the two the weights are mixed linearly."""
+    score: Literal["log_odds", "logit"] = "log_odds"
+    """What orders pairs where texts or images are reranked: the log odds of a match, whose sigmoid is its probability;
+    or the logit of class 1 alone, as ALBEF's, BLIP's and X-VLM's retrieval does (their `itm_head(...)[:, 1]`)."""
 
     trains_embed: ClassVar[bool] = False
     reads: ClassVar[frozenset[Side]] = frozenset({"pooled"})
@@ -199,11 +202,13 @@ class Itm(Objective):
         return match if self.config.classes == 3 else (match == 1).long()
 
     def score(self, pooled: Tensor) -> Tensor:
-        """Pooled fused vectors [M, W] -> matching logit [M], the log odds of a match."""
+        """Pooled fused vectors [M, W] -> score [M] that orders pairs, larger = better, as `config.score` says."""
+        return self.head(pooled)[:, 1] if self.config.score == "logit" else self.log_odds(pooled)
+
+    def log_odds(self, pooled: Tensor) -> Tensor:
+        """Pooled fused vectors [M, W] -> log odds [M] of a match."""
         logits = self.head(pooled)
-        if self.config.classes == 3:
-            return logits[:, 1] - logits[:, [0, 2]].logsumexp(1)
-        return logits[:, 1] - logits[:, 0]
+        return logits[:, 1] - logits[:, [one for one in range(self.config.classes) if one != 1]].logsumexp(1)
 
 
 def match_terms(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

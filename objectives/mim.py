@@ -22,10 +22,10 @@ from encoders.types import Batch, Images
 from objectives.base import Draw, Encode, Fuse, Fused, LossOutput, ModelSpec, Objective, Results, Side
 from objectives.heads import WordHead, labelled, word_head
 from objectives.pairs import image_of_text, matched
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 
-class MimConfig(Config):
+class MimConfig(ObjectiveSettings):
     """Predict hidden patches."""
 
     kind: Literal["mim"] = "mim"

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from encoders.layers import ACTIVATIONS, Activation, initialise
 from encoders.types import Batch, Regions
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, RegionMask, Results, Side
+from objectives.settings import ObjectiveSettings
 from vlp.config import Config
 
 RegionLoss: TypeAlias = Literal["mse", "smooth_l1", "kl", "best_class", "class", "nce"]
@@ -42,7 +43,7 @@ class RegionTargetConfig(Config):
     """The last layer is the vision encoder's feature projection, transposed (UNITER's regression)."""
 
 
-class MrmConfig(Config):
+class MrmConfig(ObjectiveSettings):
     """Predict hidden regions from the rest of the image and the text."""
 
     kind: Literal["mrm"] = "mrm"

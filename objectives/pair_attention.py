@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from encoders.layers import Attention, attention_mask, initialise
 from encoders.types import Batch, Tokens
 from objectives.base import Draw, Fuse, Fused, LossOutput, ModelSpec, Objective, Results, Side
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 
-class PairAttentionConfig(Config):
+class PairAttentionConfig(ObjectiveSettings):
     """Answer about a text and two images, each fused with the text (``model.fusion.images: each``)."""
 
     kind: Literal["pair_attention"] = "pair_attention"

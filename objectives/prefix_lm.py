@@ -30,13 +30,13 @@ from objectives.base import (
 )
 from objectives.heads import WordHead, word_head
 from objectives.mlm import count_labels, word_loss
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 GIVEN, REST, WHOLE_TEXT = "prefix_lm:given", "prefix_lm:rest", "prefix_lm:whole"
 """The beginning as the encoder reads it, what the decoder writes, and both in one stream."""
 
 
-class PrefixLmConfig(Config):
+class PrefixLmConfig(ObjectiveSettings):
     """Predict what follows a drawn beginning."""
 
     kind: Literal["prefix_lm"] = "prefix_lm"
@@ -52,6 +52,8 @@ class PrefixLmConfig(Config):
     """The output words are the decoder's (or the text encoder's) word embedding."""
     activation: Activation = "gelu"
     """Activation inside BERT's prediction head."""
+    alone: bool = False
+    """Read the text without an image (SimVLM's documents)."""
 
     trains_embed: ClassVar[bool] = False
 
@@ -125,7 +127,8 @@ class PrefixLm(Objective):
         self.head = word_head(
             config.head, width, spec.vocabulary_size, tied, spec.text_eps, activation=config.activation
         )
-        self.written: Decode | Fuse = Decode(Fuse(text=GIVEN), REST) if fused else Fuse(text=WHOLE_TEXT)
+        self.one_modality, image = config.alone, None if config.alone else "clean"
+        self.written: Decode | Fuse = Decode(Fuse(image, GIVEN), REST) if fused else Fuse(image, WHOLE_TEXT)
         self.view = REST if fused else WHOLE_TEXT
         self.needs = frozenset({self.written})
         self.views = {WHOLE_TEXT: PrefixView("whole")}

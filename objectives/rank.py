@@ -18,10 +18,10 @@ from encoders.layers import initialise
 from encoders.types import Batch
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Rows, Side
 from objectives.pairs import Positives, find_pairs, image_of_text, true_pairs
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 
-class RankConfig(Config):
+class RankConfig(ObjectiveSettings):
     """Choose an image's text among false ones by the pooled fused vector."""
 
     kind: Literal["rank"] = "rank"

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from encoders.types import Batch
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side
 from objectives.heads import POOLED_HEADS, PooledHead
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 
-class RegressConfig(Config):
+class RegressConfig(ObjectiveSettings):
     """Say a number."""
 
     kind: Literal["regress"] = "regress"

@@ -20,13 +20,13 @@ from encoders.types import AttentionKind, Batch, Vocabulary
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side, ViewText
 from objectives.heads import WordHead, labelled, word_head
 from objectives.mlm import count_labels
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 VIEW = "seq2seq_mlm:caption"
 """The masked caption."""
 
 
-class Seq2SeqMlmConfig(Config):
+class Seq2SeqMlmConfig(ObjectiveSettings):
     """Predict masked words left to right."""
 
     kind: Literal["seq2seq_mlm"] = "seq2seq_mlm"

@@ -16,10 +16,10 @@ from objectives.base import MAIN, Draw, Embed, LossOutput, ModelSpec, Objective,
 from objectives.collectives import gather_grad_to_all
 from objectives.itc import similarities, top1
 from objectives.pairs import Positives, find_pairs, true_pairs
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 
-class SigmoidConfig(Config):
+class SigmoidConfig(ObjectiveSettings):
     """Sigmoid loss over all ranks' pairs; `model.embed.logit_bias` is its bias (-10 in the paper)."""
 
     kind: Literal["sigmoid"] = "sigmoid"

@@ -22,13 +22,13 @@ from objectives.base import MAIN, Draw, Embed, Encode, LossOutput, ModelSpec, Ob
 from objectives.collectives import gather_grad_to_all, gather_no_grad, world_size
 from objectives.itc import contrastive, evenly, top1
 from objectives.pairs import Positives, find_pairs, true_pairs
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 _AT_ONCE = 64
 """Candidates that are compared at a time: all pairs of all tokens do not fit into memory."""
 
 
-class TokenItcConfig(Config):
+class TokenItcConfig(ObjectiveSettings):
     """Softmax contrastive loss over token-wise similarities, of the micro-batches that all ranks run at a time."""
 
     kind: Literal["token_itc"] = "token_itc"

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from encoders.types import Batch, Tokens
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Rows, Side
 from objectives.pairs import image_of_text
-from vlp.config import Config
+from objectives.settings import ObjectiveSettings
 
 
-class WraConfig(Config):
+class WraConfig(ObjectiveSettings):
     """Move true pairs' words and image tokens together and false pairs' apart."""
 
     kind: Literal["wra"] = "wra"

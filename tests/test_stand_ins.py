@@ -195,6 +195,8 @@ class PatchColourConfig:
     """Stands in for masked image modelling: the mean colour of each masked patch."""
 
     weight: float = 1.0
+    source: str | None = None
+    head_of: str | None = None
     trains_embed = False
     reads = frozenset()
 

@@ -7,16 +7,13 @@ Shapes: B images, T texts, D width, E embedding.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from encoders import AnyTextConfig, PatchConfig, TextConfig, VisionConfig
-from encoders.codebook import Codebook, CodebookConfig
+from encoders import TextConfig
+from encoders.codebook import Codebook
 from encoders.patch import PatchEncoder
 from encoders.region import RegionEncoder
 from encoders.types import Batch, Modality
@@ -36,42 +33,18 @@ from objectives.base import (
     View,
 )
 from objectives.collectives import sum_no_grad, world_size
-from vlp.config import Config
 from vlp.embed import EmbedConfig, EmbedGradients, EmbedSpace
 from vlp.fit import misfits
-from vlp.fusion import Fusion, FusionConfig, NoFusionConfig
-from vlp.fusion.dual import DualStreamConfig
+from vlp.fusion import Fusion, NoFusionConfig
 from vlp.fusion.multiway import MultiwayConfig
-from vlp.multimodal import AnyDecoder, AnyDecoderConfig
-from vlp.parts import part_seed
+from vlp.model_config import ModelConfig
+from vlp.multimodal import AnyDecoder
+from vlp.parts import part_seed, share_head
 from vlp.passes import Step, close, views
 from vlp.teacher import Teacher
+from vlp.usage import image_views, text_views, usable
 
-logger = logging.getLogger(__name__)
-
-
-class ModelConfig(Config):
-    """What the model is made of."""
-
-    vision: VisionConfig = Field(default_factory=PatchConfig)
-    """Pixels -> image tokens."""
-    text: AnyTextConfig = Field(default_factory=TextConfig)
-    """Ids -> text tokens."""
-    fusion: FusionConfig = Field(default_factory=DualStreamConfig)
-    """Where they meet."""
-    decoder: AnyDecoderConfig | None = None
-    """Writes text; none = the model does not generate."""
-    embed: EmbedConfig = Field(default_factory=EmbedConfig)
-    """Common space of image and text."""
-    codebook: CodebookConfig | None = None
-    """Names patches by codes for mim, frozen; none = the data bring the codes, or there is no need."""
-    keep_unread: bool = False
-    """Build also what no objective reads, which then gets no gradient: a fusion, poolers (a published model that comes
-    without heads)."""
-    momentum: float = Field(0.995, ge=0, le=1)
-    """Share of the momentum teacher's weights that a step keeps, where an objective has a teacher (ALBEF, BLIP)."""
-    teacher_view: Literal["clean", "again"] = "clean"
-    """Images that the teacher sees: the student's, or another augmentation of each (TCL)."""
+__all__ = ["EmbedConfig", "Model", "ModelConfig", "build_model", "global_counts"]
 
 
 class Model(nn.Module):
@@ -117,7 +90,10 @@ class Model(nn.Module):
         for name, one in objectives.items():
             with part_seed(seed, f"objectives.{name}"):
                 built[name] = one.build(spec)
-                built[name].name = name
+                built[name].name, built[name].source = name, one.source
+        for name, one in objectives.items():
+            if one.head_of is not None:
+                share_head(built, name, one.head_of)
         self.objectives = nn.ModuleDict(built)
         self.weights = {name: one.weight for name, one in objectives.items()}
         self.objective_configs = dict(objectives)
@@ -241,20 +217,12 @@ class Model(nn.Module):
         Raises:
             ValueError: two objectives ask for the same name with different definitions.
         """
-        found: dict[str, View] = {}
-        for name, objective in self.named_objectives():
-            for view_name, view in objective.views.items():
-                if found.setdefault(view_name, view) != view:
-                    raise ValueError(
-                        f"objective {name} asks for another text view {view_name!r} than an objective before it; "
-                        "give both the same settings"
-                    )
-        return found
+        return text_views(dict(self.named_objectives()))
 
-    def image_names(self) -> set[str]:
+    def image_names(self, names: Iterable[str] | None = None) -> set[str]:
         """Return the views of the images that objectives or the teacher read; the clean one always."""
         again = {AGAIN} if self.teacher is not None and self.config.teacher_view == AGAIN else set()
-        return views(self.needs())["image"] | {"clean"} | again
+        return views(self.needs(names))["image"] | {"clean"} | again
 
     def image_views(self) -> dict[str, ImageView]:
         """Return how the image views of all objectives are made.
@@ -262,15 +230,7 @@ class Model(nn.Module):
         Raises:
             ValueError: two objectives ask for the same name with different definitions.
         """
-        found: dict[str, ImageView] = {}
-        for name, objective in self.named_objectives():
-            for view_name, view in objective.image_views.items():
-                if found.setdefault(view_name, view) != view:
-                    raise ValueError(
-                        f"objective {name} asks for another image view {view_name!r} than an objective before it; "
-                        "give both the same settings"
-                    )
-        return found
+        return image_views(dict(self.named_objectives()))
 
     def run(
         self, passes: Iterable[Pass], batch: Batch, layers: bool = False, rows: Mapping[str, Rows] | None = None
@@ -322,15 +282,11 @@ class Model(nn.Module):
         wanted = list(known) if names is None else list(names)
         if unknown := [name for name in wanted if name not in known]:
             raise ValueError(f"unknown objectives {unknown}; the model has {sorted(known)}")
-        missing = {m for m, given in (("image", batch.images), ("text", batch.texts)) if not given}
-        found = {
-            name: known[name]
-            for name in wanted
-            if not any(views(known[name].needs)[m] for m in missing)  # type: ignore[index]
-            and (missing or not known[name].unpaired)
-        }
+        missing = batch.missing
+        found = usable({name: known[name] for name in wanted}, batch.source, missing)
         if wanted and not found:
             what = f"without {' and '.join(sorted(missing))}" if missing else "of pairs"
+            what += f" of source {batch.source}" if batch.source else ""
             raise ValueError(f"no objective of {wanted} can use a batch {what}")
         return found
 

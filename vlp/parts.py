@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from objectives.base import Objective
 
 
 @contextmanager
@@ -29,3 +31,18 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
             found[part] = found.get(part, 0) + parameter.numel()
             seen.add(id(parameter))
     return found
+
+
+def share_head(built: Mapping[str, Objective], name: str, other: str) -> None:
+    """Give an objective the head of another one.
+
+    Raises:
+        ValueError: there is no such objective, or its head is another kind's.
+    """
+    if type(built.get(other)) is not type(built[name]) or other == name:
+        raise ValueError(
+            f"objectives.{name}.head_of {other!r} is no other objective of its kind; the objectives are {list(built)}"
+        )
+    if not isinstance(head := getattr(built[other], "head", None), nn.Module):
+        raise ValueError(f"objectives.{name}.head_of {other!r}: objectives of this kind have no head; leave it out")
+    built[name].head = head

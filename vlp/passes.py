@@ -179,7 +179,8 @@ class Step:
         if found < number or not hasattr(encoder, "finish"):
             had = f"has {max(found, 0)}" if hasattr(encoder, "finish") else "of this kind does not show them"
             raise ValueError(
-                f"model.fusion reads the last {number} layers of each tower, but the {modality} tower {had}"
+                f"model.fusion reads the last {number} layers of each tower, but the {modality} tower {had}; lower "
+                f"model.fusion.layers, or give model.{'vision' if modality == 'image' else 'text'} as many"
             )
         assert encoder is not None and tokens.layers is not None
         inner = [encoder.finish(states) for states in tokens.layers[-number:-1]]  # type: ignore[operator]
@@ -321,7 +322,8 @@ def memory_of(source: Tokens | Fused, side: str) -> Tokens:
         return source
     if side == "both" and source.image is not None and source.text is not None:
         return _beside(source.image, source.text)
-    tokens = source.text if side == "text" else source.image
+    lone = side == "both" and source.image is None  # a text alone
+    tokens = source.text if side == "text" or lone else source.image
     if tokens is None:
         raise ValueError(f"model.decoder.memory {side}: the fusion gives no {side} states; use the other side")
     return tokens

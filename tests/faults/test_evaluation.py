@@ -42,7 +42,7 @@ class Scripted:
         best = score > max(self.scores, default=0)
         self.scores.append(score)
         self.seen.append(seen)
-        self.heads.append(model.space().text.weight.abs().sum().item())
+        self.heads.append(model.get_parameter("embed.main.text.weight").abs().sum().item())
         return Verdict({"score": score}, best, len(self.scores) - self.scores.index(max(self.scores)) > self.patience)
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def test_the_average_is_what_is_evaluated(tmp_path: Path) -> None:
     run = run_of(tmp_path, samples=4 * BATCH, optim={"lr": 1e-2, "ema": 0.9})
     asked, parts = Scripted(), with_hash(assemble(run))
     train(parts, tmp_path / "run", torch.device("cpu"), evaluation=asked)
-    trained = parts.model.space().text.weight.abs().sum().item()
+    trained = parts.model.get_parameter("embed.main.text.weight").abs().sum().item()
     assert asked.heads[-1] != trained
     stored = read_weights(checkpoints(tmp_path / "run")[-1], average=True)
     assert asked.heads[-1] == stored["embed.main.text.weight"].abs().sum().item()
