@@ -1,6 +1,6 @@
 """Converters from the official annotation files of data sets to our tables. One file a family, one line here each."""
 
-from downstream.convert import captions, vqa
+from downstream.convert import captions, reasoning, sentiment, vqa
 from downstream.convert.types import Converter
 
 CONVERTERS: dict[str, Converter] = {
@@ -11,4 +11,8 @@ CONVERTERS: dict[str, Converter] = {
     "nocaps": captions.nocaps,
     "textcaps": captions.textcaps,
     "karpathy": captions.karpathy,
+    "nlvr2": reasoning.nlvr2,
+    "snli_ve": reasoning.snli_ve,
+    "vcr": reasoning.vcr,
+    "mosi": sentiment.mosi,
 }
