@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,8 @@ class TaskConfig(Config):
 
     headline: ClassVar[str]
     """The metric that tables and floors are about."""
+    better: ClassVar[Literal["higher", "lower"]] = "higher"
+    """Which headline is the better one: by it the best checkpoint of a finetuning is kept."""
 
     def survey(self, reader: Reader, data: DataConfig) -> Any:
         """Return what the task wants to know of the training data (answer list, most frequent caption); one pass.

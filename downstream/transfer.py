@@ -27,7 +27,7 @@ def take_weights(model: Model, source: Model) -> LoadReport:
     state, wanted = dict(source.state_dict()), model.state_dict()
     taken = dict(_begun_as(wanted, state)) | dict(_doubled(model, source, state))
     state |= taken | dict(_resampled(state, wanted))
-    ignore = [name for name, tensor in state.items() if name in wanted and _differs(name, tensor, wanted[name])]
+    ignore = [name for name, tensor in state.items() if name in wanted and not same_place(name, tensor, wanted[name])]
     for name, one in model.objective_configs.items():
         other = source.objective_configs.get(name)
         if isinstance(one, AnswerConfig) and isinstance(other, AnswerConfig) and one.answers != other.answers:
@@ -77,9 +77,9 @@ def _resampled(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Ite
         yield name, resample_patches(old, new.shape[-1])
 
 
-def _differs(name: str, stored: Tensor, wanted: Tensor) -> bool:
-    """Whether a weight cannot be taken over; the image positions are interpolated when it is loaded."""
-    return stored.shape != wanted.shape and name != "vision.vit.pos_embed"
+def same_place(name: str, stored: Tensor, wanted: Tensor) -> bool:
+    """Return whether a weight can be taken over; the image positions are interpolated when it is loaded."""
+    return stored.shape == wanted.shape or name == "vision.vit.pos_embed"
 
 
 def say_transfer(report: LoadReport) -> None:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from objectives.collectives import world_size
 from vlp.checkpoint.folder import is_checkpoint
+from vlp.checkpoint.load import load
 from vlp.checkpoint.migrate import migrate
 from vlp.checkpoint.native import CONFIG, find_checkpoint, load_weights, read_config, read_weights
 from vlp.config import Config, Layer, build
 from vlp.data.loader import check_hash
-from vlp.data.tokenizer import load_tokenizer
+from vlp.data.tokenizer import Tokenizer, load_tokenizer
 from vlp.flags import from_command_line
 from vlp.recipes import lift
 from vlp.run import Parts, RunConfig, assemble
@@ -38,7 +40,8 @@ def pretrain(
         folder: of the run; must not hold one yet.
         device: of this rank.
         command: for the model card.
-        init: checkpoint or run whose weights and tokenizer to start from; parts that it lacks keep their initial ones.
+        init: checkpoint whose weights and tokenizer to start from, ours, or another project's as ``vlp.load`` takes it;
+            parts that it lacks keep their initial ones.
 
     Raises:
         ValueError: the folder holds a run, the config is not complete, or the data are unusable.
@@ -56,17 +59,26 @@ def pretrain(
         raise ValueError(
             "objectives is empty, so there is nothing to train; choose a recipe, or add one: --objectives.itc {}"
         )
-    source = None if init is None else find_checkpoint(init)
-    parts = assemble(run, tokenizer=None if source is None else load_tokenizer(source), pretrained=source is None)
-    if source is not None:
-        report = load_weights(parts.model, read_weights(source), strict=False)
+    begin = None if init is None else _beginning(init)
+    parts = assemble(run, tokenizer=None if begin is None else begin[1], pretrained=begin is None)
+    if begin is not None:
+        report = load_weights(parts.model, begin[0], strict=False)
         if not report.loaded and not report.resized:
             raise ValueError(
-                f"--init {source}: none of its weights is part of this model; use a recipe of the same parts"
+                f"--init {init}: none of its weights is part of this model; use a recipe of the same parts"
             )
-        logger.info("from %s: %s", source, report.summary())
+        logger.info("from %s: %s", init, report.summary())
     parts = with_hash(parts)
     return train(parts, folder, device, command=command)
+
+
+def _beginning(init: str | Path) -> tuple[Mapping[str, Tensor], Tokenizer]:
+    """Weights and tokenizer of a checkpoint or run of ours, or of whatever else `vlp.load` takes."""
+    if Path(init).is_dir() and (is_checkpoint(Path(init)) or (Path(init) / "checkpoints").is_dir()):
+        source = find_checkpoint(init)
+        return read_weights(source), load_tokenizer(source)
+    loaded = load(init)
+    return loaded.model.state_dict(), loaded.tokenizer
 
 
 def resume(
@@ -92,6 +104,7 @@ def resume(
     seen: int = state["seen"]
     say_changes(stored_config(checkpoint), run)
     if run.train.samples - seen < world_size():
+        refuse_changes(folder, stored_config(checkpoint), run)
         logger.info("%s has seen its %s samples; extend it with --train.samples", folder, f"{run.train.samples:,}")
         return Outcome(checkpoint, seen, finished=True)
     parts = assemble(run, tokenizer=load_tokenizer(checkpoint), pretrained=False)
@@ -111,7 +124,10 @@ def resumed_config(checkpoint: Path, flags: Sequence[str]) -> RunConfig:
 
     Raises:
         ConfigError: with all problems of both.
+        ValueError: it is a finetuning.
     """
+    if "task" in read_config(checkpoint):
+        raise ValueError(f"--resume {checkpoint}: is a finetuning; go on with it by vlp finetune --resume")
     return from_command_line(RunConfig, flags, checkpoint / CONFIG, prog="vlp pretrain --resume RUN", migrate=migrate)
 
 
@@ -123,11 +139,30 @@ def stored_config(checkpoint: Path) -> RunConfig:
 
 def say_changes(before: Config, after: Config) -> None:
     """Warn about every setting that makes a resumed run another one than was begun."""
+    if changed := changes(before, after):
+        logger.warning("the resumed run is no longer exactly the one that was begun: %s", ", ".join(changed.values()))
+
+
+def refuse_changes(folder: Path, before: Config, after: Config) -> None:
+    """Refuse changed settings of a run that has ended, which would train nothing; how it is scored may change.
+
+    Raises:
+        ValueError: there are such settings.
+    """
+    scoring = ("data.val", "train.samples", "task.", "test", "tune.")
+    changed = {name: shown for name, shown in changes(before, after).items() if not name.startswith(scoring)}
+    if changed:
+        raise ValueError(
+            f"--resume {folder}: the run has ended, so nothing would be trained with {', '.join(changed.values())}; "
+            f"extend it with --train.samples, or begin a new run with --init {folder}"
+        )
+
+
+def changes(before: Config, after: Config) -> dict[str, str]:
+    """Return how the settings that change weights differ, in words by dotted name."""
     old, new = dict(leaves(before.model_dump())), dict(leaves(after.model_dump()))
     changed = [name for name in old | new if old.get(name) != new.get(name) and name not in HARMLESS]
-    if changed:
-        shown = ", ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in changed)
-        logger.warning("the resumed run is no longer exactly the one that was begun: %s", shown)
+    return {name: f"{name} {old.get(name)} -> {new.get(name)}" for name in changed}
 
 
 def leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
+BEST = "best"
+"""File of a run folder that names the checkpoint to use, where that is not the newest."""
 CHEAP = 64 * 2**20
 """Files up to this many bytes are hashed whenever they are read; larger ones on request."""
 
@@ -169,8 +171,20 @@ def _numbered(folder: Path) -> list[Path]:
     return [found[seen] for seen in sorted(found)]
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """Return a checkpoint folder: the path itself, or the newest whole checkpoint of a run folder.
+def mark_best(run: Path, checkpoint: Path) -> None:
+    """Write down which checkpoint of a run is to be used."""
+    partial = run / f".{BEST}.partial"
+    partial.write_text(f"{checkpoint.name}\n", encoding="utf-8")
+    partial.replace(run / BEST)
+
+
+def find_checkpoint(path: str | Path, *, newest: bool = False) -> Path:
+    """Return a checkpoint folder: the path itself, or of a run folder its best checkpoint (a finetuning's), else the
+    newest whole one.
+
+    Args:
+        path: of a checkpoint or a run.
+        newest: of a run the newest in any case, to go on with it.
 
     Raises:
         ValueError: there is none, or none is whole.
@@ -182,6 +196,11 @@ def find_checkpoint(path: str | Path) -> Path:
         raise ValueError(f"checkpoint {path}: no such folder; give a checkpoint or a run folder")
     if is_checkpoint(path):
         return path
+    if not newest and (path / BEST).is_file():
+        best = path / "checkpoints" / (path / BEST).read_text(encoding="utf-8").strip()
+        if is_checkpoint(best) and fault_of(best) is None:
+            return best
+        logger.warning("checkpoint %s, the best of the run, is torn or gone; taking the newest", best)
     known = _numbered(path / "checkpoints") or _numbered(path)
     for candidate in reversed(known):
         fault = fault_of(candidate)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from vlp.cli.checkpoints import config_option
 from vlp.cli.command import Arguments, Parser, device_option
 from vlp.recipes import did_you_mean
 
@@ -18,12 +19,46 @@ logger = logging.getLogger(__name__)
 
 def task_arguments(parser: Parser) -> None:
     """Declare what finetune, evaluate and predict share."""
-    parser.add_argument("task", nargs="?", help="retrieval, vqa, captioning, or a recipe of configs/finetune")
+    from downstream import AnyTask
+    from vlp.config import slot_of
+
+    kinds = ", ".join(kind for kind in slot_of(AnyTask).classes if kind)
+    parser.add_argument("task", nargs="?", help=f"{kinds}; or, to finetune, a recipe of configs/finetune")
+    foreign_options(parser)
     device_option(parser)
 
 
-def choose_task(arguments: Arguments, flags: list[str]) -> tuple[str | None, Layer]:
+def foreign_options(parser: Parser) -> None:
+    """Declare what another project's checkpoint may need."""
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="a foreign checkpoint's tokenizer, folder or hub id")
+    config_option(parser)
+
+
+def foreign(arguments: Arguments) -> dict[str, Any]:
+    """Return what :func:`foreign_options` gave, as vlp.load takes it."""
+    given = {"tokenizer": arguments.tokenizer, "config": arguments.config}
+    return {name: str(value) for name, value in given.items() if value is not None}
+
+
+def load_model(arguments: Arguments, source: str) -> Loaded:
+    """Load a checkpoint with what the options say of a foreign one.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    from vlp.checkpoint.load import load
+    from vlp.train.distributed import pick_device
+
+    return load(source, device=pick_device(arguments.device), **foreign(arguments))
+
+
+def choose_task(arguments: Arguments, flags: list[str], *, recipes: bool = True) -> tuple[str | None, Layer]:
     """Return recipe and lowest layer of the word TASK, which may name either.
+
+    Args:
+        arguments: with the word.
+        flags: of the config tree.
+        recipes: whether it may name a recipe.
 
     Raises:
         ValueError: it names neither.
@@ -32,16 +67,18 @@ def choose_task(arguments: Arguments, flags: list[str]) -> tuple[str | None, Lay
     from vlp.config import Layer, list_recipes, slot_of
 
     kinds = [kind for kind in slot_of(AnyTask).classes if kind]
-    task, recipes = arguments.task, [name.removeprefix("finetune/") for name in list_recipes("finetune")]
+    known = [name.removeprefix("finetune/") for name in list_recipes("finetune")] if recipes else []
+    task = arguments.task
     if task is None and "--help" in flags:
         task = kinds[0]
     if task is None:
         raise ValueError(f"name a task: {', '.join(kinds)}")
     if task in kinds:
-        return task if task in recipes else None, Layer({"task": {"kind": task}})
-    if task in recipes or task.endswith((".yaml", ".yml")):
+        return task if task in known else None, Layer({"task": {"kind": task}})
+    if task in known or (recipes and task.endswith((".yaml", ".yml"))):
         return task, Layer({})
-    raise ValueError(f"task {task}: no such task or recipe; {did_you_mean(task, [*kinds, *recipes])}")
+    what = "task or recipe" if recipes else "task"
+    raise ValueError(f"task {task}: no such {what}; {did_you_mean(task, dict.fromkeys([*kinds, *known]))}")
 
 
 def open_checkpoint(arguments: Arguments, source: str | None, name: str, flags: list[str]) -> Loaded | None:
@@ -50,10 +87,7 @@ def open_checkpoint(arguments: Arguments, source: str | None, name: str, flags: 
         return None
     if source is None:
         raise ValueError(f"{name} is missing; name a run, a checkpoint or a hub id")
-    from vlp.checkpoint.load import load
-    from vlp.train.distributed import pick_device
-
     if arguments.dry_run and not Path(source).exists():
         logger.warning("%s is not here; the tree below lacks what it would say", source)
         return None
-    return load(source, device=pick_device(arguments.device))
+    return load_model(arguments, source)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlp.cli.command import Arguments, Command, Parser, device_option, print_result
-from vlp.cli.tasks import choose_task, open_checkpoint, task_arguments
+from vlp.cli.tasks import choose_task, foreign, open_checkpoint, task_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def pretrain_config(arguments: Arguments, flags: list[str]) -> Config:
             raise ValueError(
                 "--resume takes recipe, folder and weights from the run; leave out RECIPE, --out and --init"
             )
-        arguments.found = find_checkpoint(arguments.resume)
+        arguments.found = find_checkpoint(arguments.resume, newest=True)
         return resumed_config(arguments.found, flags)
     prog = f"vlp pretrain {arguments.recipe or 'RECIPE'}"
     if arguments.recipe is None and "--help" not in flags:
@@ -90,32 +90,51 @@ def validate(folder: Path, config: RunConfig, device: torch.device, command: str
 def finetune_arguments(parser: Parser) -> None:
     """Declare the arguments of `vlp finetune`."""
     task_arguments(parser)
-    parser.add_argument("--init", metavar="CHECKPOINT", help="run, checkpoint or hub id to begin with")
-    parser.add_argument("--data", nargs="+", metavar="DATA", help="training data, then validation data")
+    parser.add_argument("--init", metavar="CHECKPOINT", help="run, checkpoint (also another project's) or hub id")
+    parser.add_argument(
+        "--data", nargs="+", metavar="DATA", help="training data; validation data (else held out of them); test data"
+    )
+    parser.add_argument("--published", action="store_true", help="batch, rate and duration of the task's recipe")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/TASK)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped finetuning, exactly")
 
 
 def finetune_config(arguments: Arguments, flags: list[str]) -> Config:
-    """Return the config of a finetuning."""
-    from downstream.finetune import FinetuneConfig, checkpoint_layer
+    """Return the config of a finetuning.
+
+    A task's name alone leaves batch, learning rate and duration to be chosen; a recipe states them.
+    """
+    from downstream.choose import ALL, given
+    from downstream.finetune import FinetuneConfig, checkpoint_layer, resumed_config
     from vlp.checkpoint.migrate import migrate
-    from vlp.config import Layer
+    from vlp.checkpoint.native import find_checkpoint
+    from vlp.config import Layer, load_recipe
     from vlp.flags import from_command_line
 
+    if arguments.resume is not None:
+        if arguments.task or arguments.out or arguments.init or arguments.data:
+            raise ValueError("--resume takes everything from the run; leave out TASK, --data, --out and --init")
+        arguments.found = find_checkpoint(arguments.resume, newest=True)
+        return resumed_config(arguments.found, flags)
     recipe, task = choose_task(arguments, flags)
     loaded = arguments.loaded = open_checkpoint(arguments, arguments.init, "--init", flags)
     below = [task] if loaded is None else [checkpoint_layer(loaded.config), task]
     if arguments.init is not None:
-        below.append(Layer({"init": arguments.init}, "--init"))
-    names = ("train", "val")
+        below.append(Layer({"init": arguments.init, "init_options": foreign(arguments)}, "--init"))
+    if task.tree and not arguments.published:
+        layers = () if recipe is None else load_recipe(recipe, group="finetune", migrate=migrate)
+        below += [Layer({k: v for k, v in one.tree.items() if k != "train"}, one.source) for one in layers]
+        below.append(Layer({"auto": [name for name in ALL if name not in given(flags)]}, "vlp finetune"))
+        recipe = None
+    names = ("data.train", "data.val", "test")
     if len(arguments.data or ()) > len(names):
         raise ValueError(
-            f"--data {' '.join(arguments.data)}: give training data, then validation data; others by --data.train"
+            f"--data {' '.join(arguments.data)}: give training data, validation data, test data; others by --data.train"
         )
-    given = [word for pair in zip(names, arguments.data or ()) for word in (f"--data.{pair[0]}", pair[1])]
+    words = [word for pair in zip(names, arguments.data or ()) for word in (f"--{pair[0]}", pair[1])]
     prog = f"vlp finetune {arguments.task or 'TASK'}"
     return from_command_line(
-        FinetuneConfig, [*given, *flags], recipe, prog=prog, group="finetune", migrate=migrate, below=below
+        FinetuneConfig, [*words, *flags], recipe, prog=prog, group="finetune", migrate=migrate, below=below
     )
 
 
@@ -125,9 +144,13 @@ def finetune(arguments: Arguments, config: Any) -> None:
     from vlp.train.distributed import pick_device, process_group
 
     device = pick_device(arguments.device)
-    folder = arguments.out or Path("runs") / config.task.kind
     with process_group(device):
-        done = tuning.finetune(config, arguments.loaded, folder, device, command=arguments.command)
+        if arguments.resume is not None:
+            more = {"command": arguments.command, "found": arguments.found}
+            done = tuning.resume(arguments.resume, arguments.flags, device, **more)
+        else:
+            folder = arguments.out or Path("runs") / config.task.kind
+            done = tuning.finetune(config, arguments.loaded, folder, device, command=arguments.command)
     if (table := tuning.finetune_table(config, done)) is not None:
         print_result(table)
     logger.info("checkpoint %s", done.outcome.checkpoint)

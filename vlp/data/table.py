@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -190,7 +191,7 @@ class TableReader:
                     f"data.image: no column of '{self.name}' looks like an image path; name it with --data.image, "
                     f"columns: {', '.join(row)}"
                 )
-            log.info("%s: images from column '%s'", self.name, guess)
+            _say(f"{self.name}: images from column '{guess}'")
             return (guess,)
         names = (named,) if isinstance(named, str) else tuple(named)
         for name in names:
@@ -200,7 +201,8 @@ class TableReader:
     def _pick_text(self, columns: list[str], named: str | None) -> str | None:
         if named is None:
             guess = first_known(columns, TEXT_COLUMNS)
-            log.info("%s: %s", self.name, f"texts from column '{guess}'" if guess else "no text column")
+            found = f"texts from column '{guess}'" if guess else "no text column"
+            _say(f"{self.name}: {found}")
             return guess
         if named:
             _check_column("data.text", named, columns, self.name)
@@ -255,6 +257,12 @@ class TableReader:
         cell = fields.get(self._text_column) if self._text_column is not None else None
         cells = cell if isinstance(cell, list) else [cell]
         return tuple(str(item) for item in cells if item is not None)
+
+
+@cache
+def _say(what: str) -> None:
+    """Log it once, however often the table is opened."""
+    log.info("%s", what)
 
 
 def _is_image(cell: Any) -> bool:

@@ -127,7 +127,7 @@ def read_state(run: Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         ValueError: there is none, or it holds no training state.
     """
-    checkpoint = find_checkpoint(run)
+    checkpoint = find_checkpoint(run, newest=True)
     path = checkpoint / STATE_FILE
     if not path.is_file():
         raise ValueError(f"--resume {run}: {checkpoint.name} holds no training state; use it with --init instead")

@@ -1,0 +1,74 @@
+"""Which checkpoint of a finetuning is the best by the task's metric, and when to stop looking for a better one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from downstream.task import TaskConfig
+from vlp.data.reader import Reader
+from vlp.data.split import SubsetReader
+from vlp.model import Model
+from vlp.run import Parts
+from vlp.train.evaluation import Verdict
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Selection:
+    """Scores a model every so many samples; the best checkpoint is kept (``vlp.train.evaluation.Evaluation``)."""
+
+    task: TaskConfig
+    parts: Parts
+    """Run and tokenizer; the model is the one that is asked about."""
+    reader: Reader
+    """What it is scored on."""
+    every: int
+    patience: int
+    """Evaluations in a row without a better score, after which the training ends."""
+    scores: list[float] = field(default_factory=list)
+
+    def __call__(self, model: Model, seen: int) -> Verdict:
+        """Score a model."""
+        metrics = self.task.evaluate(replace(self.parts, model=model), self.reader).metrics
+        score = metrics[self.task.headline]
+        first = self.best
+        self.scores.append(score)
+        best = self.best == len(self.scores) - 1
+        told = "the best so far" if best else f"best {self.scores[self.best or 0]:.3f}"
+        logger.info("at %s samples: %s %.3f, %s", f"{seen:,}", self.task.headline, score, told)
+        if stop := self.exhausted:
+            logger.info("no better in %d evaluations: training ends here", self.patience)
+        assert first is None or best or self.best == first
+        return Verdict({self.task.headline: score}, best, stop)
+
+    @property
+    def best(self) -> int | None:
+        """Number of the best evaluation, of equals the first; None before any."""
+        sign = 1 if self.task.better == "higher" else -1
+        return max(range(len(self.scores)), key=lambda i: (sign * self.scores[i], -i)) if self.scores else None
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it is time to stop."""
+        return self.best is not None and len(self.scores) - 1 - self.best >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scores."""
+        return {"scores": list(self.scores)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        self.scores = list(state["scores"])
+
+
+def some(reader: Reader, number: int) -> Reader:
+    """Return a reader's samples, or ``number`` of them at even distances."""
+    if len(reader) <= number:
+        return reader
+    return SubsetReader(reader, np.linspace(0, len(reader) - 1, number).round().astype(np.int64))
