@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,6 +48,8 @@ class ItmConfig(ObjectiveSettings):
     candidates: Literal["microbatch", "global"] = "microbatch"
     """Where negatives come from: the batch that one rank runs at a time; or those of all ranks (VLMo), whose states are
     then gathered, texts padded to `model.text.max_length`."""
+    number: int = Field(1, ge=1)
+    """False images and false texts drawn for each pair of the scheme `both`."""
     exclude: Positives = "id_or_caption"
     """Pairs that are never drawn as negatives."""
     floor: float = 0.0
@@ -107,12 +110,12 @@ class Itm(Objective):
     def chance(self, candidates: int) -> float | None:
         if self.config.classes == 3:
             return None  # the data's shares
-        true = 1 / 3 if self.config.scheme == "both" else 1 / 2
+        true = 1 / (1 + 2 * self.config.number) if self.config.scheme == "both" else 1 / 2
         return -true * math.log(true) - (1 - true) * math.log(1 - true)
 
     @torch.no_grad()
     def rows(self, results: Results, batch: Batch, draw: Draw) -> dict[str, Rows]:
-        """Return this step's false pairs (scheme "both": T false images, then T false texts).
+        """Return this step's false pairs (scheme "both": ``number`` times T false images, then as many false texts).
 
         Raises:
             ValueError: a text has several images, of which no single one could be replaced.
@@ -126,6 +129,9 @@ class Itm(Objective):
         pairs = find_pairs(batch, self.config.exclude, device, self.everywhere)
         own, text = self._numbers(batch, device)
         text_weights, image_weights = self._weights(results, batch, *true_pairs(pairs))
+        if self.config.scheme == "both":
+            own, text = own.repeat(self.config.number), text.repeat(self.config.number)
+            image_weights = image_weights.repeat(self.config.number, 1)
         false_image = draw.categorical("itm.image", image_weights)  # of each text
         false_image = torch.where(image_weights.sum(1) > 0, false_image, own)
         if self.config.scheme == "replace_image":
@@ -184,7 +190,8 @@ class Itm(Objective):
             label = (drawn.image_index == own).long()
             weight = torch.ones_like(logits[:, 0])
         else:
-            found = (drawn.image_index != own.repeat(2)) | (drawn.text_index != text.repeat(2))
+            times = 2 * self.config.number
+            found = (drawn.image_index != own.repeat(times)) | (drawn.text_index != text.repeat(times))
             logits = torch.cat([self.head(results[self.pairs].pooled), logits])
             label = torch.cat([torch.ones_like(own), torch.zeros_like(drawn.image_index)])
             weight = torch.cat([torch.ones_like(own, dtype=logits.dtype), found.to(logits.dtype)])

@@ -124,6 +124,7 @@ OBJECTIVES: dict[str, dict[str, ObjectiveConfig]] = {
     "itc, queue": {"itc": ItcConfig(queue=6, distill=0.4), "itm": ItmConfig()},
     "itm, random": {"itm": ItmConfig()},
     "itm, hard": {"itc": ItcConfig(), "itm": ItmConfig()},
+    "itm, three of each": {"itc": ItcConfig(), "itm": ItmConfig(number=3)},
     "itm, replace_image": {"itm": ItmConfig(scheme="replace_image")},
     "mlm": {"mlm": MlmConfig()},
     "mlm, distilled": {"mlm": MlmConfig(distill=0.4)},

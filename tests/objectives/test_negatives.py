@@ -46,7 +46,7 @@ def is_true(batch: Batch, image: int, text: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"random_until": 100, "hard_from": 200}, {"negatives": "random"}, {"floor": 1e-4}]
+    "settings", [{}, {"random_until": 100, "hard_from": 200}, {"negatives": "random"}, {"floor": 1e-4}, {"number": 3}]
 )
 def test_negatives_are_never_true_pairs(settings):
     objective = ItmConfig(**settings).build(SPEC)
@@ -56,9 +56,9 @@ def test_negatives_are_never_true_pairs(settings):
         rows = objective.rows(results, batch, Draw(1, seed))["itm"]
         own = batch.image_of_text.tolist() if batch.image_of_text is not None else list(range(batch.num_texts))
         pairs = list(zip(rows.image_index.tolist(), rows.text_index.tolist(), strict=True))
-        assert len(pairs) == 2 * batch.num_texts
+        assert len(pairs) == 2 * objective.config.number * batch.num_texts
         for number, (image, text) in enumerate(pairs):
-            first_half, at = number < batch.num_texts, number % batch.num_texts
+            first_half, at = number < len(pairs) / 2, number % batch.num_texts
             # A false image for each text, then a false text for each text's image.
             assert text == at if first_half else image == own[at]
             if (image, text) == (own[at], at):  # nothing found: no false pair exists, and the row has no loss
