@@ -187,12 +187,20 @@ def batches(parts: Parts, samples: Iterator[EvalSample], size: int) -> Iterator[
         yield group, make_batch(parts, examples)
 
 
-def make_batch(parts: Parts, examples: Sequence[Example]) -> Batch:
-    """Resize and tokenise examples for evaluation -> batch on the model's device, view "clean" only."""
+def make_batch(parts: Parts, examples: Sequence[Example], places: Sequence[int] | None = None) -> Batch:
+    """Resize and tokenise examples for evaluation -> batch on the model's device, view "clean" only.
+
+    Examples that follow each other with an equal number in ``places`` share the first one's images.
+    """
     data, side = parts.run.data, parts.model.config.vision.image_size
     resize = EvalTransform(data.transform.model_copy(update={"image_size": side}))
-    resized = [replace(one, images=tuple(resize(image) for image in one.images)) for one in examples]
-    batch = collate(resized, range(len(resized)), parts.tokenizer, {}, data.max_length, 0)
+    numbers = range(len(examples)) if places is None else places
+    resized: list[Example] = []
+    for number, one in enumerate(examples):
+        shared = number > 0 and numbers[number] == numbers[number - 1]
+        images = resized[-1].images if shared else tuple(resize(image) for image in one.images)
+        resized.append(replace(one, images=images))
+    batch = collate(resized, numbers, parts.tokenizer, {}, data.max_length, 0)
     return batch.to(parts.model.device)
 
 
