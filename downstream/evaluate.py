@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -115,6 +116,8 @@ def evaluate_run(folder: Path, loaded: Loaded, data: DataConfig, task: AnyTask, 
 def predict(run: EvaluateConfig, loaded: Loaded, path: Path) -> int:
     """Write a prediction for every sample of ``data.val``, which needs no labels, as JSON lines; return how many.
 
+    Rank 0 writes; the ranks share the work where the task does.
+
     Raises:
         ValueError: the data cannot be read, or the model lacks a part that the task needs.
     """
@@ -122,22 +125,60 @@ def predict(run: EvaluateConfig, loaded: Loaded, path: Path) -> int:
     rows = run.task.predict(parts_of(loaded, data), open_data(data, "val"))
     path.parent.mkdir(parents=True, exist_ok=True)
     number = 0
-    with path.open("w", encoding="utf-8") as file:
+    with (path if rank() == 0 else Path(os.devnull)).open("w", encoding="utf-8") as file:
         for number, row in enumerate(rows, 1):  # noqa: B007 - the last number is the count
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     return number
 
 
+def check_submission(task: AnyTask) -> None:
+    """Refuse a task that has no official format.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if type(task).submission is TaskConfig.submission:
+        raise ValueError(
+            f"--submission: task {task.kind} has no official format; leave it out, predictions are written"
+        )
+
+
+def write_submission(path: Path, task: AnyTask, predictions: Sequence[Mapping[str, Any]]) -> None:
+    """Write predictions in a task's official format: JSON, or the text that the task gives; rank 0 does.
+
+    Raises:
+        ValueError: the task has none, or the rows lack what it asks for.
+    """
+    check_submission(task)
+    if rank() != 0:
+        return
+    made = task.submission(predictions)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(made if isinstance(made, str) else json.dumps(made, ensure_ascii=False) + "\n", encoding="utf-8")
+    logger.info("%d predictions in the official format in %s", len(predictions), path)
+
+
 def data_facts(data: DataConfig, reader: Reader) -> dict[str, Any]:
     """Return what a number must name: which split, and by what hash it is known again."""
     where = data.where if data.val_where is None else data.val_where
-    specs = [data.val] if isinstance(data.val, str) else list(data.val or ())
-    split = ", ".join(spec if ":" in spec else Path(spec).name for spec in specs)
+    split = _named(data.val) if data.val or not data.split else f"{data.split:g} of {_named(data.train)}, by image"
     split += f" where {', '.join(f'{name}={value}' for name, value in where.items())}" if where else ""
     return {
         "split": split,
-        "data": {"val": data.val, "where": where, "fingerprint": reader.fingerprint, "train": data.train},
+        "data": {
+            "val": data.val,
+            "where": where,
+            "fingerprint": reader.fingerprint,
+            "train": data.train,
+            "split": data.split,
+        },
     }
+
+
+def _named(spec: str | Sequence[str] | None) -> str:
+    """The names of files, without their folders."""
+    specs = [spec] if isinstance(spec, str) else list(spec or ())
+    return ", ".join(one if ":" in one else Path(one).name for one in specs)
 
 
 def write_result(folder: Path, task: AnyTask, result: Result, facts: Mapping[str, Any]) -> None:

@@ -46,8 +46,8 @@ class Command:
     """Declares its own arguments."""
     run: Callable[[Arguments, Any], None]
     """Does it, given its arguments and config."""
-    config: Callable[[Arguments, list[str]], Config] | None = None
-    """For commands with a config tree: the tree that arguments and flags give."""
+    config: Callable[[Arguments, list[str]], Config | None] | None = None
+    """For commands with a config tree: the tree that arguments and flags give; none where these need none."""
 
 
 def device_option(parser: Parser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,35 @@ def evaluate_arguments(parser: Parser) -> None:
     parser.add_argument("checkpoint", nargs="?", help="run, checkpoint or hub id")
     parser.add_argument("--data", nargs="+", metavar="DATA", help="shards, a table or a folder")
     parser.add_argument("--out", type=Path, metavar="PATH", help="folder of an evaluation, .jsonl file of predictions")
+    parser.add_argument(
+        "--submission", type=Path, metavar="FILE", help="also write the predictions in the task's official format"
+    )
+
+
+def evaluate_or_compare_arguments(parser: Parser) -> None:
+    """Declare the arguments of `vlp evaluate`."""
+    evaluate_arguments(parser)
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        nargs=2,
+        metavar=("A", "B"),
+        help="compare two predictions.jsonl of the same samples instead; --out writes it as JSON",
+    )
+
+
+def evaluate_or_compare_config(arguments: Arguments, flags: list[str]) -> Config | None:
+    """Return the config of an evaluation; None to compare two."""
+    if arguments.predictions is None:
+        return evaluate_config(arguments, flags)
+    if arguments.task is not None or flags:
+        raise ValueError("--predictions A B compares two files and takes nothing beside it but --out")
+    return None
 
 
 def evaluate_config(arguments: Arguments, flags: list[str]) -> Config:
     """Return the config of an evaluation."""
-    from downstream.evaluate import EvaluateConfig, inherited
+    from downstream.evaluate import EvaluateConfig, check_submission, inherited
     from vlp.config import Layer
     from vlp.flags import from_command_line
 
@@ -37,9 +62,12 @@ def evaluate_config(arguments: Arguments, flags: list[str]) -> Config:
     below.append(Layer({"checkpoint": arguments.checkpoint or ""}))
     data = arguments.data if arguments.data is None or len(arguments.data) > 1 else arguments.data[0]
     below += [] if data is None else [Layer({"data": {"val": data}}, "--data")]
-    return from_command_line(
+    config = from_command_line(
         EvaluateConfig, flags, prog=f"vlp evaluate {arguments.task or 'TASK'} CHECKPOINT", below=below
     )
+    if arguments.submission is not None:
+        check_submission(config.task)
+    return config
 
 
 def evaluate(arguments: Arguments, config: Any) -> None:
@@ -47,19 +75,40 @@ def evaluate(arguments: Arguments, config: Any) -> None:
     from downstream import evaluate as evaluation
     from vlp.train.distributed import pick_device, process_group
 
+    if arguments.predictions is not None:
+        return compare_predictions(arguments)
     folder = arguments.out or Path("runs") / f"{config.task.kind}-{Path(config.checkpoint).name}"
     with process_group(pick_device(arguments.device)):
         result = evaluation.evaluate(config, arguments.loaded, folder, command=arguments.command)
+        if arguments.submission is not None:
+            evaluation.write_submission(arguments.submission, config.task, result.predictions)
     print_result(evaluation.result_table(config.task, result))
     logger.info("%s and predictions in %s", evaluation.RESULT, folder)
+
+
+def compare_predictions(arguments: Arguments) -> None:
+    """Run `vlp evaluate --predictions A B`."""
+    from downstream import paired
+
+    a, b = arguments.predictions
+    found = paired.compare_predictions(a, b)
+    for table in paired.comparison_tables(a, b, found):
+        print_result(table)
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(paired.comparison_json(a, b, found), indent=1) + "\n", encoding="utf-8")
 
 
 def predict(arguments: Arguments, config: Any) -> None:
     """Run `vlp predict`."""
     from downstream import evaluate as evaluation
+    from vlp.train.distributed import pick_device, process_group
 
     path = arguments.out or Path("runs") / f"{config.task.kind}-{Path(config.checkpoint).name}.jsonl"
-    number = evaluation.predict(config, arguments.loaded, path)
+    with process_group(pick_device(arguments.device)):
+        number = evaluation.predict(config, arguments.loaded, path)
+        if arguments.submission is not None:
+            rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+            evaluation.write_submission(arguments.submission, config.task, rows)
     logger.info("%d predictions in %s", number, path)
 
 
@@ -119,7 +168,12 @@ def search(arguments: Arguments, config: Any) -> None:
         print_result(table)
 
 
-EVALUATE = Command("score a checkpoint on a task's data", evaluate_arguments, evaluate, evaluate_config)
+EVALUATE = Command(
+    "score a checkpoint on a task's data, or compare two evaluations sample by sample",
+    evaluate_or_compare_arguments,
+    evaluate,
+    evaluate_or_compare_config,
+)
 PREDICT = Command("write what a checkpoint says of data without labels", evaluate_arguments, predict, evaluate_config)
 EMBED = Command("write the vectors of a folder's images, or of texts", embed_arguments, embed)
 SEARCH = Command("find what is nearest to a text or an image in such a file", search_arguments, search)
