@@ -1,4 +1,4 @@
-"""Two runs of the same samples against counts by hand, scipy-free definitions, and files that do not belong together."""
+"""Two runs of the same samples against counts by hand and definitions, and files that do not belong together."""
 
 from __future__ import annotations
 
