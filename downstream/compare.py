@@ -1,6 +1,6 @@
-"""`vlp compare`: variants of one recipe on the same data order, seeds and budget, and the table of their scores.
+"""`vlp compare`: a grid of variants of one recipe on the same data order, seeds and budget, and the table of scores.
 
-Parts that variants share begin with the same weights (a part's are drawn from the seed and its name alone), and see the
+Parts that cells share begin with the same weights (a part's are drawn from the seed and its name alone), and see the
 same samples in the same order with the same masks.
 """
 
@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
 import torch
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from downstream.evaluate import evaluate_run, open_data
-from downstream.retrieval import RetrievalConfig
-from encoders.text import BesideConfig
+from downstream.grid import Cell
+from downstream.metrics.retrieval import RECALL_AT
+from downstream.retrieval import ITC, ITM, RetrievalConfig
 from objectives.collectives import rank
 from vlp.checkpoint.load import load
 from vlp.config import to_yaml
-from vlp.fusion.dual import DualStreamConfig
-from vlp.fusion.single import SingleStreamConfig
 from vlp.parts import parameters_by_part
 from vlp.pretrain import leaves, pretrain, resume
 from vlp.run import RunConfig
@@ -32,13 +33,18 @@ from vlp.train.log import read_metrics
 logger = logging.getLogger(__name__)
 
 VARIANT, ROW = "variant.yaml", "row.json"
+BEGIN, END = "<!-- compare:begin -->", "<!-- compare:end -->"
+HEADERS = ("fusion", "objectives", "ranked by", "text to image", "image to text", "M weights", "samples/s")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """What one cell of the grid came to."""
 
-    name: str
+    variant: str
+    objectives: str
+    """Joined by `+`."""
+    seed: int
     parameters: int
     """Of the whole model, shared ones once."""
     samples_per_second: float
@@ -46,74 +52,63 @@ class Row:
     losses: dict[str, float]
     """By objective, in the last record of the log."""
     metrics: dict[str, float]
-    """Of retrieval on ``data.val``."""
+    """Of retrieval on ``data.val``; empty where the model can neither embed nor match."""
     chance: dict[str, float]
 
 
-def each_fusion(run: RunConfig) -> dict[str, RunConfig]:
-    """Return the run with each fusion in place of its own, which gives them the settings that they know."""
-    own = run.model.fusion.model_dump(include=set(BesideConfig.model_fields) - {"init"})
-    fusions = {
-        "single_stream": SingleStreamConfig(**own),
-        "cross": DualStreamConfig(**own, attention="cross"),
-        "co": DualStreamConfig(**own, attention="co"),
-    }
-    found = {}
-    for name, fusion in fusions.items():
-        found[name] = run.model_copy(update={"model": run.model.model_copy(update={"fusion": fusion})})
-    return found
-
-
 def compare(
-    runs: Mapping[str, RunConfig],
+    cells: Iterable[Cell],
     folder: Path,
     device: torch.device,
     *,
     task: RetrievalConfig | None = None,
     command: str = "",
 ) -> list[Row]:
-    """Train every variant and score its retrieval; what is done already is kept, what was interrupted goes on.
+    """Train every cell and score its retrieval; what is done already is kept, what was interrupted goes on.
 
     Args:
-        runs: config by name.
-        folder: of the comparison; each variant has a folder in it, a run like any other.
+        cells: what to train, in this order.
+        folder: of the comparison; each cell has a folder in it, a run like any other.
         device: of this rank.
         task: how retrieval is scored.
         command: for the model cards.
 
     Raises:
-        ValueError: a folder holds another variant of that name, or the data are unusable.
-        NonFiniteError: a variant diverged.
+        ValueError: a folder holds another cell of that name, or the data are unusable.
+        NonFiniteError: a cell diverged.
     """
-    for run in runs.values():
-        open_data(run.data, "val")  # before anything is trained
-    if unequal := unheld(runs):
+    cells = list(cells)
+    for cell in cells:
+        open_data(cell.run.data, "val")  # before anything is trained
+    if unequal := unheld({cell.name: cell.run for cell in cells}):
         logger.warning(
             "variants differ in more than the model, in %s: compare their scores with care", ", ".join(unequal)
         )
     rows = []
-    for number, (name, run) in enumerate(runs.items(), 1):
-        place = folder / name
-        claim(place, run)
+    for number, cell in enumerate(cells, 1):
+        place = folder / cell.name
+        claim(place, cell.run)
         if (place / ROW).is_file():
             rows.append(Row(**json.loads((place / ROW).read_text(encoding="utf-8"))))
             continue
-        logger.info("variant %s, %d of %d", name, number, len(runs))
-        if not finish(place, run, device, command):
+        logger.info("%s, %d of %d", cell.name, number, len(cells))
+        if not finish(place, cell.run, device, command):
             logger.warning("interrupted; the same command goes on")
             break
-        rows.append(score(name, place, run, device, task or RetrievalConfig(), command))
+        rows.append(score(cell, place, device, task or RetrievalConfig(), command))
     return rows
 
 
 def unheld(runs: Mapping[str, RunConfig]) -> list[str]:
-    """Return the settings of data, seed and budget in which variants differ."""
+    """Return the settings of data and budget in which variants differ, seeds and single parts' learning rates apart."""
     trees = [dict(leaves(run.model_dump(include={"data", "train"}))) for run in runs.values()]
-    return sorted({name for tree in trees for name in tree if tree[name] != trees[0].get(name)})
+    names = {name for tree in trees for name in tree}
+    held = {name for name in names if name == "train.seed" or name.startswith("train.optim.lr_scale")}
+    return sorted(name for name in names - held if any(tree.get(name) != trees[0].get(name) for tree in trees))
 
 
 def claim(place: Path, run: RunConfig) -> None:
-    """Write a variant's config into its folder, or check that it is the one that is there.
+    """Write a cell's config into its folder, or check that it is the one that is there.
 
     Raises:
         ValueError: it is another.
@@ -129,48 +124,124 @@ def claim(place: Path, run: RunConfig) -> None:
 
 
 def finish(place: Path, run: RunConfig, device: torch.device, command: str) -> bool:
-    """Train a variant to its end, from where it is; return False if a signal stopped it."""
+    """Train a cell to its end, from where it is; return False if a signal stopped it."""
     begun = (place / "checkpoints").is_dir() and any((place / "checkpoints").iterdir())
     outcome = resume(place, (), device, command=command) if begun else pretrain(run, place, device, command=command)
     return outcome.finished
 
 
-def score(name: str, place: Path, run: RunConfig, device: torch.device, task: RetrievalConfig, command: str) -> Row:
-    """Score a trained variant; write its row and return it."""
+def score(cell: Cell, place: Path, device: torch.device, task: RetrievalConfig, command: str) -> Row:
+    """Score a trained cell; write its row and return it."""
     loaded = load(place, device=device)
-    result = evaluate_run(place, loaded, run.data, task, command=command)
+    metrics: dict[str, float] = {}
+    chance: dict[str, float] = {}
+    if task.lacks(loaded.model) is None:
+        result = evaluate_run(place, loaded, cell.run.data, task, command=command)
+        metrics, chance = result.metrics, result.floors["chance"]
     records = read_metrics(place / "metrics.jsonl")
     row = Row(
-        name,
+        cell.variant,
+        cell.objectives,
+        cell.run.train.seed,
         sum(parameters_by_part(loaded.model).values()),
         median(record["samples_per_second"] for record in records),
         {key.removesuffix("/loss"): value for key, value in records[-1].items() if key.endswith("/loss")},
-        result.metrics,
-        result.floors["chance"],
+        metrics,
+        chance,
     )
     if rank() == 0:
         (place / ROW).write_text(json.dumps(asdict(row), indent=1) + "\n", encoding="utf-8")
     return row
 
 
-def compare_table(rows: list[Row]) -> Table:
-    """Return the table to print: recalls of the variants' best scoring and by embeddings alone, beside chance."""
-    shown = ("t2i/R@1", "t2i/R@10", "i2t/R@1", "i2t/R@10")
-    table = Table(title="Variants: retrieval on data.val, recalls in %", title_justify="left")
-    objectives = list(dict.fromkeys(name for row in rows for name in row.losses))
-    columns = ("variant", "M weights", "samples/s", *(f"{name} loss" for name in objectives), *shown, "ITC t2i/R@1")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "variant" else "right", no_wrap=True)
+def table_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """Return the table's lines below ``HEADERS``: variant by variant, each scoring that its model has, then chance.
+
+    Recalls are R@1 / 5 / 10 in %, mean and standard deviation over seeds.
+    """
+    rows = list(rows)
+    found: list[tuple[str, ...]] = []
+    for group in grouped(rows):
+        first = group[0]
+        sizes = f"{first.parameters / 1e6:.2f}", f"{mean(row.samples_per_second for row in group):.0f}"
+        names = {ITC: ITC, ITM: "ITC, then ITM" if f"{ITC}/t2i/R@1" in first.metrics else "ITM"}
+        scorings = [(name, shown) for name, shown in names.items() if f"{name}/t2i/R@1" in first.metrics]
+        for name, shown in scorings or [("", "")]:
+            recalls = (recall_cell([row.metrics for row in group], f"{name}/{way}") for way in ("t2i", "i2t"))
+            found.append((first.variant, first.objectives, shown, *recalls, *sizes))
+    scored = [row.chance for row in rows if row.chance]
+    if scored:
+        found.append(("chance", "", "", *(recall_cell(scored[:1], way) for way in ("t2i", "i2t")), "", ""))
+    return found
+
+
+def grouped(rows: Iterable[Row]) -> list[list[Row]]:
+    """Return the rows of each combination of variant and objectives, which differ in their seeds."""
+    found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        losses = [f"{row.losses[name]:.3f}" if name in row.losses else "" for name in objectives]
-        scores = [percent(row.metrics.get(name)) for name in (*shown, "ITC/t2i/R@1")]
-        table.add_row(row.name, f"{row.parameters / 1e6:.2f}", f"{row.samples_per_second:.0f}", *losses, *scores)
-    if rows:
-        chance = [percent(rows[0].chance.get(name)) for name in (*shown, "ITC/t2i/R@1")]
-        table.add_row("chance", "", "", *("" for _ in objectives), *chance, style="dim")
-    return table
+        found.setdefault((row.variant, row.objectives), []).append(row)
+    return list(found.values())
 
 
-def percent(share: float | None) -> str:
-    """A share in 0..1 as a table shows it."""
-    return "" if share is None else f"{100 * share:.2f}"
+def recall_cell(metrics: list[dict[str, float]], prefix: str) -> str:
+    """R@1 / 5 / 10 of one direction over seeds, in %."""
+    columns = [[one[f"{prefix}/R@{k}"] for one in metrics if f"{prefix}/R@{k}" in one] for k in RECALL_AT]
+    return " / ".join(spread([100 * share for share in shares], 1) for shares in columns if shares)
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The mean, and where there are several values their standard deviation (of n - 1)."""
+    if not values:
+        return ""
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
+
+
+def compare_table(rows: list[Row], refused: Mapping[tuple[str, str], str] | None = None) -> Group:
+    """Return what to print: recalls beside chance, last training losses, and what could not be built and why."""
+    seeds = sorted({row.seed for row in rows})
+    named = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± standard deviation over seeds {seeds}"
+    table = Table(title=f"Retrieval on data.val, R@1 / 5 / 10 in %, {named}", title_justify="left")
+    for column in HEADERS:
+        table.add_column(column, justify="left" if column in HEADERS[:3] else "right")
+    for line in table_rows(rows):
+        table.add_row(*line, style="dim" if line[0] == "chance" else "")
+    losses = Table(title="Last training losses", title_justify="left")
+    names = list(dict.fromkeys(name for row in rows for name in row.losses))
+    for column in (*HEADERS[:2], *names):
+        losses.add_column(column, justify="left" if column in HEADERS else "right")
+    for group in grouped(rows):
+        cells = (spread([row.losses[name] for row in group if name in row.losses], 3) for name in names)
+        losses.add_row(group[0].variant, group[0].objectives, *cells)
+    reasons = [Text(f"not legal: {' x '.join(pair)}: {reason}") for pair, reason in (refused or {}).items()]
+    return Group(table, losses, *reasons)
+
+
+def markdown(rows: list[Row], refused: Mapping[tuple[str, str], str]) -> str:
+    """Return the same recalls as a Markdown table, with what could not be built below it."""
+    lines = [HEADERS, ("---",) * len(HEADERS), *table_rows(rows)]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    pairs: dict[str, list[str]] = {}
+    for pair, reason in refused.items():
+        pairs.setdefault(reason, []).append(" x ".join(pair))
+    notes = [f"Not legal: {', '.join(combined)} ({reason})." for reason, combined in pairs.items()]
+    return "\n\n".join([text, *notes])
+
+
+def check_page(page: Path) -> None:
+    """Look for the place of the table in a page.
+
+    Raises:
+        ValueError: there is none.
+    """
+    text = page.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text.split(BEGIN)[1]:
+        raise ValueError(f"--markdown {page}: has no lines {BEGIN} and {END}, between which the table goes; add them")
+
+
+def write_markdown(page: Path, table: str) -> None:
+    """Replace what stands between the markers of a page; other ranks than the first do nothing."""
+    if rank() != 0:
+        return
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")

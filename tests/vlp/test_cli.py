@@ -12,13 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from downstream.compare import Row, compare_table, each_fusion
 from vlp.cli import main
 from vlp.cli.dispatch import COMMANDS, explain, parser_of, split
-from vlp.config import build
 from vlp.pretrain import stored_config
 from vlp.recipes import dump_yaml, from_yaml
-from vlp.run import RunConfig
 
 HEADS = {"width": 16, "heads": 2}
 TINY = {"layers": 1, **HEADS}
@@ -232,49 +229,41 @@ def test_finetune(place: Path, run: Path, capsys: pytest.CaptureFixture[str]) ->
     assert json.loads((place / "tuned" / "result.json").read_text())["samples"] == 16
 
 
-def test_compare_trains_each_variant_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "compare",
-        str(place / "tiny.yaml"),
-        "--out",
-        str(place / "compared"),
-        "--variant",
-        "co:model.fusion.attention=co",
-    ]
-    words += [
-        "--variant",
-        "one:model.fusion.kind=single_stream,model.fusion.layers=1,model.fusion.width=16,model.fusion.heads=2",
-    ]
+def test_compare_trains_each_cell_once(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = place / "page.md"
+    page.write_text("above\n<!-- compare:begin -->\nold\n<!-- compare:end -->\nbelow\n")
+    one = "one:model.fusion.kind=single_stream,model.fusion.layers=1,model.fusion.width=16,model.fusion.heads=2"
+    words = ["compare", str(place / "tiny.yaml"), "--out", str(place / "compared"), "--markdown", str(page)]
+    words += ["--variant", "co:model.fusion.attention=co", "--variant", one, "--objectives", "itc", "itc+itm"]
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert [line.split()[1] for line in printed.splitlines() if line.startswith("│ ")] == ["co", "one", "chance"]
-    first, second = (
-        stored_config(place / "compared" / name / "checkpoints" / "000000000016") for name in ("co", "one")
-    )
+    assert "not legal: co x itc: no objective of ['itc'] uses model.fusion.kind dual_stream" in printed
+    cells = [place / "compared" / name / "itc+itm" / "seed0" for name in ("co", "one")]
+    first, second = (stored_config(cell / "checkpoints" / "000000000016") for cell in cells)
     assert first.model.fusion.attention == "co" and second.model.fusion.kind == "single_stream"
     assert first.model_copy(update={"model": None}) == second.model_copy(update={"model": None})
+    lines = page.read_text().splitlines()
+    assert lines[:2] == ["above", "<!-- compare:begin -->"] and lines[-2:] == ["<!-- compare:end -->", "below"]
+    assert [line.split(" | ")[:3] for line in lines if line.startswith(("| co", "| one"))] == [
+        [f"| {name}", "itc+itm", scoring] for name in ("co", "one") for scoring in ("ITC", "ITC, then ITM")
+    ]
     times = [path.stat().st_mtime_ns for path in sorted((place / "compared").rglob("*.safetensors"))]
     assert main(words) == 0 and capsys.readouterr().out == printed
     assert [path.stat().st_mtime_ns for path in sorted((place / "compared").rglob("*.safetensors"))] == times
     assert "other settings" in fails(capsys, *words, "--train.samples", "24")
 
 
-def test_each_fusion_keeps_the_sizes() -> None:
-    run = build(RunConfig, {"model": {"fusion": {"kind": "dual_stream", **TINY, "norm": "pre", "attention": "co"}}})
-    found = each_fusion(run)
-    assert list(found) == ["single_stream", "cross", "co"]
-    for one in found.values():
-        fusion = one.model.fusion
-        assert (fusion.width, fusion.layers, fusion.heads, fusion.norm) == (16, 1, 2, "pre")
-    assert found["co"].model.fusion.attention == "co" and found["cross"].model.fusion.attention == "cross"
-
-
-def test_compare_table_shows_recalls_in_percent() -> None:
-    row = Row("a", 1_250_000, 99.5, {"itc": 1.5}, {"t2i/R@1": 0.25, "ITC/t2i/R@1": 0.125}, {"t2i/R@1": 0.01})
-    table = compare_table([row])
-    cells = [list(column.cells) for column in table.columns]
-    assert [cell[0] for cell in cells] == ["a", "1.25", "100", "1.500", "25.00", "", "", "", "12.50"]
-    assert cells[4][1] == "1.00"
+def test_compare_says_what_it_cannot_do(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = str(place / "tiny.yaml")
+    assert "--variant wide: says no settings" in fails(capsys, "compare", tiny, "--variant", "wide")
+    assert "perhaps you meant multiway" in fails(capsys, "compare", tiny, "--fusions", "multway")
+    assert "itx" in fails(capsys, "compare", tiny, "--objectives", "itc+itx")
+    assert "none x itc+itm: objective itm needs a fusion" in fails(capsys, "compare", tiny, "--fusions", "none")
+    assert "cannot be combined" in fails(capsys, "compare", tiny, "--fusions", "co", "--variant", "as-it-is:")
+    assert "at least 1" in fails(capsys, "compare", tiny, "--seeds", "0")
+    page = place / "no_markers.md"
+    page.write_text("nothing")
+    assert "compare:begin" in fails(capsys, "compare", tiny, "--markdown", page)
 
 
 # Mistakes.
