@@ -7,15 +7,19 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from downstream.answers import ANSWER_FIELDS, read_truth
-from downstream.columns import open_table
+from downstream.columns import named_split, open_table
+from objectives.answer import Answer
 from vlp.data.columns import ANSWER_COLUMNS, QUESTION_COLUMNS, TEXT_COLUMNS, first_known
 from vlp.data.group import without_images
-from vlp.data.loader import DataConfig, tolerated
+from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample, decode_sample
+from vlp.data.records import tolerated
 from vlp.data.split import image_hashes
+from vlp.loaded import Loaded
+from vlp.run import open_training_data, open_validation_data
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +27,8 @@ T = TypeVar("T")
 
 SHOWN = 5
 """Keys that a line names."""
+LONGEST = 100_000
+"""Tokens of a text that are counted."""
 LINES = 20
 """Lines of findings of one kind that do not break a sample."""
 
@@ -233,3 +239,48 @@ def columns_of(data: DataConfig, spec: str | tuple[str, ...], answer: str | None
     text = data.text or (question if answer else None) or first_known(names, TEXT_COLUMNS) or question
     logger.info("%s: text from %r%s", table.name, text, f", answer from {answer!r}" if answer else "")
     return data.model_copy(update={"text": text}), answer or ""
+
+
+@dataclass(frozen=True)
+class CheckedData:
+    """What a look at a whole data set found."""
+
+    parts: tuple[Checked, ...]
+    """Of training and validation data."""
+    lines: tuple[str, ...]
+    """All of it in words, a line a finding."""
+
+
+def check_data(data: DataConfig, answer: str | None = None, loaded: Loaded | None = None) -> CheckedData:
+    """Look at training data, and at validation data where they are named, by ``data.val`` or the table's own column.
+
+    Args:
+        data: the data.
+        answer: field of the answers; None: guessed.
+        loaded: whose tokens are counted, and whose answers are the list; None: words, and the training answers.
+
+    Raises:
+        ValueError: the data cannot be opened.
+    """
+    assert data.train is not None
+    data, answer = columns_of(data, data.train, answer)
+    if data.val is None and (named := named_split(data)) is not None and named.val is not None:
+        data = data.model_copy(update={"where": named.train, "val": data.train, "val_where": named.val})
+    readers = {"train": open_training_data(data)} | ({"val": open_validation_data(data)} if data.val else {})
+    length, limit = None, None
+    if loaded is not None:
+        tokenizer, limit = loaded.tokenizer, loaded.config.data.max_length
+
+        def length(text: str) -> int:
+            return len(tokenizer.encode(text, LONGEST)[0])
+
+    how: dict[str, Any] = {"usable": has_text, "answer": answer, "length": length, "limit": limit}
+    parts = tuple(check(name, reader, data, **how) for name, reader in readers.items())
+    lines = [line for one in parts for line in one.lines("words" if loaded is None else "tokens")]
+    if len(parts) == 2:
+        lines += [f"val {one}" for one in leaks(*parts)]
+    heads = [] if loaded is None else [one for _, one in loaded.model.named_objectives() if isinstance(one, Answer)]
+    known, whose = (heads[0].config.answers, "the checkpoint") if heads else (tuple(parts[0].answers), "data.train")
+    for one in parts if heads else parts[1:]:
+        lines += [f"{one.name} {finding}" for finding in outside(one, frozenset(known), whose)[:LINES]]
+    return CheckedData(parts, tuple(lines))

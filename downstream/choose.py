@@ -137,7 +137,7 @@ def measure(parts: Parts, prepare: Prepare, *, activations: bool = True) -> Meas
         logging.getLogger("vlp.train.reading").setLevel(level)
     kept = 0
     if activations:
-        (batch,) = next(loader.steps(0, MEASURED * world))
+        batch = next(loader.steps(0, MEASURED * world))[0]
         kept = kept_bytes(parts, batch.to(model.device)) // MEASURED
     free = min(gather([free_memory(model.device)]))
     return Measured(loader.order.size, trainable, max(gather([kept])), free)

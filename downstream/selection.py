@@ -34,29 +34,28 @@ class Selection:
     scores: list[float] = field(default_factory=list)
 
     def __call__(self, model: Model, seen: int) -> Verdict:
-        """Score a model."""
-        metrics = self.task.evaluate(replace(self.parts, model=model), self.reader).metrics
-        score = metrics[self.task.headline]
-        first = self.best
+        """Score a model; of equal scores the later checkpoint is the better one."""
+        score = self.task.evaluate(replace(self.parts, model=model), self.reader).metrics[self.task.headline]
         self.scores.append(score)
-        best = self.best == len(self.scores) - 1
-        told = "the best so far" if best else f"best {self.scores[self.best or 0]:.3f}"
+        best = self._signed(score) == max(map(self._signed, self.scores))
+        told = "the best so far" if best else f"best {self.scores[self.first_best]:.3f}"
         logger.info("at %s samples: %s %.3f, %s", f"{seen:,}", self.task.headline, score, told)
-        if stop := self.exhausted:
+        if self.exhausted:
             logger.info("no better in %d evaluations: training ends here", self.patience)
-        assert first is None or best or self.best == first
-        return Verdict({self.task.headline: score}, best, stop)
+        return Verdict({self.task.headline: score}, best, self.exhausted)
+
+    def _signed(self, score: float) -> float:
+        return score if self.task.better == "higher" else -score
 
     @property
-    def best(self) -> int | None:
-        """Number of the best evaluation, of equals the first; None before any."""
-        sign = 1 if self.task.better == "higher" else -1
-        return max(range(len(self.scores)), key=lambda i: (sign * self.scores[i], -i)) if self.scores else None
+    def first_best(self) -> int:
+        """Number of the first evaluation with the best score."""
+        return max(range(len(self.scores)), key=lambda i: (self._signed(self.scores[i]), -i))
 
     @property
     def exhausted(self) -> bool:
         """Whether it is time to stop."""
-        return self.best is not None and len(self.scores) - 1 - self.best >= self.patience
+        return bool(self.scores) and len(self.scores) - 1 - self.first_best >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores."""

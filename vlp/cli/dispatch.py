@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": checkpoints.INSPECT,
     "convert": convert.CONVERT,
     "push": checkpoints.PUSH,
+    "data check": data.CHECK,
     "data convert": data.CONVERT,
 }
 """By name: one word, or two for the commands of a family."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlp.cli.command import Arguments, Command, Parser, device_option, print_result
-from vlp.cli.tasks import choose_task, open_checkpoint, task_arguments
+from vlp.cli.tasks import choose_task, foreign_options, load_model, open_checkpoint, task_arguments
 
 if TYPE_CHECKING:
     from vlp.config import Config
@@ -56,7 +57,7 @@ def evaluate_config(arguments: Arguments, flags: list[str]) -> Config:
 
     if arguments.task is not None and arguments.checkpoint is None and "--help" not in flags:
         raise ValueError("name a task and a checkpoint: vlp evaluate retrieval runs/demo --data DATA")
-    _, task = choose_task(arguments, flags)
+    _, task = choose_task(arguments, flags, recipes=False)
     loaded = arguments.loaded = open_checkpoint(arguments, arguments.checkpoint, "CHECKPOINT", flags)
     below = [task] if loaded is None else [inherited(loaded.config), task]
     below.append(Layer({"checkpoint": arguments.checkpoint or ""}))
@@ -77,13 +78,48 @@ def evaluate(arguments: Arguments, config: Any) -> None:
 
     if arguments.predictions is not None:
         return compare_predictions(arguments)
-    folder = arguments.out or Path("runs") / f"{config.task.kind}-{Path(config.checkpoint).name}"
+    config = with_columns(config)
+    folder = arguments.out or own_folder(config)
     with process_group(pick_device(arguments.device)):
         result = evaluation.evaluate(config, arguments.loaded, folder, command=arguments.command)
         if arguments.submission is not None:
             evaluation.write_submission(arguments.submission, config.task, result.predictions)
     print_result(evaluation.result_table(config.task, result))
     logger.info("%s and predictions in %s", evaluation.RESULT, folder)
+
+
+def with_columns(config: Any, *, labelled: bool = True) -> Any:
+    """Return the config of an evaluation with the columns of a table found where nobody named them."""
+    from downstream.columns import guess_columns
+
+    task, data = guess_columns(config.task, config.data, config.data.val, labelled=labelled)
+    return config.model_copy(update={"task": task, "data": data})
+
+
+def name_of(config: Any) -> str:
+    """Return task, checkpoint and data in one word, by which results are told apart."""
+    specs = [config.data.val] if isinstance(config.data.val, str) else list(config.data.val or ["held-out"])
+    where = config.data.where if config.data.val_where is None else config.data.val_where
+    words = [config.task.kind, Path(config.checkpoint).name, *(Path(spec).stem for spec in specs[:2])]
+    words += [f"{name}={value}" for name, value in (where or {}).items()]
+    return re.sub(r"[^\w=.-]+", "_", "-".join(words))
+
+
+def own_folder(config: Any) -> Path:
+    """Return where an evaluation goes that was told nothing else.
+
+    Raises:
+        ValueError: the result of another checkpoint or of other data is there.
+    """
+    from downstream.evaluate import RESULT
+
+    folder = Path("runs") / name_of(config)
+    if (folder / RESULT).is_file():
+        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        there = [found.get("checkpoint", {}).get("source"), found.get("data", {}).get("val")]
+        if there != (asked := json.loads(json.dumps([config.checkpoint, config.data.val]))):
+            raise ValueError(f"{folder}: holds the result of {there}, not of {asked}; name another folder with --out")
+    return folder
 
 
 def compare_predictions(arguments: Arguments) -> None:
@@ -103,7 +139,8 @@ def predict(arguments: Arguments, config: Any) -> None:
     from downstream import evaluate as evaluation
     from vlp.train.distributed import pick_device, process_group
 
-    path = arguments.out or Path("runs") / f"{config.task.kind}-{Path(config.checkpoint).name}.jsonl"
+    config = with_columns(config, labelled=False)
+    path = arguments.out or Path("runs") / f"{name_of(config)}.jsonl"
     with process_group(pick_device(arguments.device)):
         number = evaluation.predict(config, arguments.loaded, path)
         if arguments.submission is not None:
@@ -122,16 +159,15 @@ def embed_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes that decode images (0: this one)"
     )
+    foreign_options(parser)
     device_option(parser)
 
 
 def embed(arguments: Arguments, config: Any) -> None:
     """Run `vlp embed`."""
     from downstream.embedding import embed_folder
-    from vlp.checkpoint.load import load
-    from vlp.train.distributed import pick_device
 
-    loaded = load(arguments.checkpoint, device=pick_device(arguments.device))
+    loaded = load_model(arguments, arguments.checkpoint)
     embed_folder(
         loaded,
         arguments.data,
@@ -148,6 +184,7 @@ def search_arguments(parser: Parser) -> None:
     parser.add_argument("queries", nargs="+", metavar="QUERY", help="a text, or an image file")
     parser.add_argument("--checkpoint", required=True, help="run, checkpoint or hub id that made the index")
     parser.add_argument("--top", type=int, default=10, metavar="K", help="how many of each (10)")
+    foreign_options(parser)
     device_option(parser)
 
 
@@ -156,10 +193,8 @@ def search(arguments: Arguments, config: Any) -> None:
     from rich.table import Table
 
     from downstream import embedding
-    from vlp.checkpoint.load import load
-    from vlp.train.distributed import pick_device
 
-    loaded = load(arguments.checkpoint, device=pick_device(arguments.device))
+    loaded = load_model(arguments, arguments.checkpoint)
     found = embedding.search(loaded, arguments.index, arguments.queries, arguments.top)
     for query, rows in zip(arguments.queries, found, strict=True):
         table = Table("cosine", "found", title=query, title_justify="left")

@@ -7,6 +7,7 @@ they read. So names and rows live in ``Blobs``: one byte array and its offsets.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -130,6 +131,14 @@ class Blobs:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes()
+
+
+def tolerated(share: float, seen: int, size: int) -> float:
+    """Return how many of ``seen`` samples may be bad, of data of ``size`` samples (`data.bad_samples`).
+
+    ``share`` of those that were seen; ten in any case, or an eighth of data of less than 80 samples; none if it is 0.
+    """
+    return max(share * seen, min(10, math.ceil(size / 8))) if share > 0 else 0
 
 
 def matches(fields: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
