@@ -75,9 +75,15 @@ def caption_table(folder: Path) -> Path:
 
 
 def checkpoint(
-    folder: Path, objectives: Iterable[str] | Mapping[str, Any] = ("itc", "itm", "mlm"), **model: Any
+    folder: Path,
+    objectives: Iterable[str] | Mapping[str, Any] = ("itc", "itm", "mlm"),
+    sentences: Iterable[str] = (),
+    **model: Any,
 ) -> Path:
-    """Write a tiny untrained checkpoint whose tokenizer knows all words here; with a decoder if an objective is lm."""
+    """Write a tiny untrained checkpoint whose tokenizer knows all words here; with a decoder if an objective is lm.
+
+    Its tokenizer knows those of ``sentences`` too.
+    """
     image = picture(folder / "words.png", "red")
     words = write_table(
         folder / "words.csv",
@@ -89,7 +95,8 @@ def checkpoint(
                 f"a plain {color} square",
                 f"a striped {color} square",
             )
-        ],
+        ]
+        + [{"image": image, "caption": sentence} for sentence in sentences],
     )
     objectives = dict(objectives) if isinstance(objectives, Mapping) else {name: {} for name in objectives}
     tree = {
