@@ -1,6 +1,6 @@
 """Converters from the official annotation files of data sets to our tables. One file a family, one line here each."""
 
-from downstream.convert import captions, reasoning, sentiment, vqa
+from downstream.convert import captions, multi30k, reasoning, refcoco, sentiment, visdial, vqa
 from downstream.convert.types import Converter
 
 CONVERTERS: dict[str, Converter] = {
@@ -11,6 +11,9 @@ CONVERTERS: dict[str, Converter] = {
     "nocaps": captions.nocaps,
     "textcaps": captions.textcaps,
     "karpathy": captions.karpathy,
+    "refcoco": refcoco.refcoco,
+    "visdial": visdial.visdial,
+    "multi30k": multi30k.multi30k,
     "nlvr2": reasoning.nlvr2,
     "snli_ve": reasoning.snli_ve,
     "vcr": reasoning.vcr,
