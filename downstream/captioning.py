@@ -1,7 +1,8 @@
 """Captioning: the decoder writes what the image shows, scored against all references of the image.
 
 Data: images with one or more captions each; rows of a table that name the same image are one image with several
-captions.
+captions. A field ``domain`` (NoCaps) splits the score. `vlp data convert` makes tables of the official files of COCO,
+Karpathy's splits, NoCaps and TextCaps.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from downstream.metrics.captioning import caption_metrics
+from downstream.metrics.captioning import caption_metrics, cider_d, rouge_l
+from downstream.metrics.java import JavaMetric, java_metrics
 from downstream.metrics.tokenize import tokenize
+from downstream.nearest import TrainImages, by_embedding, by_pixels, nearest_captions
 from downstream.task import (
     EvalSample,
     R,
@@ -47,6 +50,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+CARRIED = ("image_id", "domain")
+"""Fields that predictions carry on."""
+
 
 @dataclass(frozen=True)
 class CaptionSurvey:
@@ -56,6 +62,10 @@ class CaptionSurvey:
     count: int
     captions: int
     """All captions counted."""
+    images: TrainImages | None = field(default=None, compare=False)
+    """Whose captions the nearest-neighbour floor copies."""
+    nearest: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict, compare=False)
+    """What it copied, by way and fingerprint of the data: it does not change while a model is trained."""
 
 
 class CaptioningConfig(TaskConfig):
@@ -64,17 +74,28 @@ class CaptioningConfig(TaskConfig):
     kind: Literal["captioning"] = "captioning"
     generation: GenerationConfig = Field(default_factory=lambda: build(GenerationConfig, {"method": "beam"}))
     """How captions are written."""
+    java: tuple[JavaMetric, ...] = ("METEOR", "SPICE")
+    """Metrics of pycocoevalcap that are Java programs, computed where that package and Java are installed."""
+    neighbours: int = Field(10_000, ge=0)
+    """Training images that the nearest-neighbour floor looks through; 0 = no such floor."""
+    neighbours_by: str | None = None
+    """Checkpoint by whose image embeddings it looks, beside pixels."""
 
     headline: ClassVar[str] = "CIDEr-D"
 
     def survey(self, reader: Reader, data: DataConfig) -> CaptionSurvey:
         """Find the most frequent training caption; of equals, the first in the alphabet."""
         bad: dict[str, str] = {}
-        counts = Counter(text for one in read_samples(reader, data, bad, images=False) for text in one.sample.texts)
+        counts: Counter[str] = Counter()
+        first: dict[str, tuple[int, str]] = {}
+        for one in read_samples(reader, data, bad, images=False):
+            counts.update(one.sample.texts)
+            first.setdefault(one.image, (one.index, one.sample.texts[0]))
         if not counts:
             raise ValueError(no_labels("train", len(reader), bad))
         caption, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
-        return CaptionSurvey(caption, count, counts.total())
+        images = TrainImages(reader, data, dict(first.values())).some(self.neighbours)
+        return CaptionSurvey(caption, count, counts.total(), images)
 
     def adapt(self, run: R, pretrained: Mapping[str, ObjectiveConfig], survey: CaptionSurvey) -> R:
         """Train the decoder on the image tokens; fusion and text blocks, which nothing else reads, are left out.
@@ -107,10 +128,12 @@ class CaptioningConfig(TaskConfig):
         return None if _writer(model) is not None else "a decoder over images (objective lm, memory image)"
 
     def evaluate(self, parts: Parts, reader: Reader, survey: CaptionSurvey | None = None) -> Result:
-        """Return CIDEr-D, BLEU-1..4, ROUGE-L and the share of exact matches, of all images.
+        """Return CIDEr-D, BLEU-1..4, ROUGE-L, METEOR, SPICE and the share of exact matches, of all images.
 
-        Exact match: equal to a reference after the metrics' own tokenisation (case and punctuation do not count).
-        Floor: "most frequent caption", the commonest of the training data for every image.
+        Where images have a domain, also of each domain's, as a corpus of its own ("CIDEr-D/near-domain"). Exact match: equal to a reference after the metrics' own tokenisation (case and punctuation do not count).
+        Floors: "most frequent caption", the commonest of the training data for every image; "nearest image", the first
+        caption of the training image with the most similar pixels, and, where ``neighbours_by`` names a checkpoint, of
+        the one with the most similar embedding.
         """
         bad: dict[str, str] = {}
         first: dict[str, int] = {}
@@ -130,13 +153,59 @@ class CaptioningConfig(TaskConfig):
         floors = {}
         if survey is not None:
             floors["most frequent caption"] = _score(dict.fromkeys(references, survey.caption), references)
-        return Result(
-            _score({row["image"]: row["caption"] for row in rows}, references),
-            floors,
-            rows,
-            bad,
-            self._notes(references, survey),
-        )
+            for name, captions in self._nearest(parts, reader, survey, list(first.values())).items():
+                floors[name] = _score({image: captions.get(image, "") for image in references}, references)
+        scored = _score({row["image"]: row["caption"] for row in rows}, references, rows)
+        more, reasons = self._more(rows)
+        return Result(scored | more, floors, rows, bad, (*self._notes(references, survey), *reasons))
+
+    def _more(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, float], list[str]]:
+        """Metrics of Java and of each domain, and why some of them are not there."""
+        parts: dict[str, list[Mapping[str, Any]]] = {"": list(rows)}
+        for row in rows:
+            if row.get("domain"):
+                parts.setdefault(f"/{row['domain']}", []).append(row)
+        found: dict[str, float] = {}
+        reasons: dict[str, None] = {}
+        for suffix, some in sorted(parts.items()):
+            captions = {row["image"]: row["caption"] for row in some}
+            references = {row["image"]: row["references"] for row in some}
+            scores, why_not = java_metrics(captions, references, self.java)
+            scores |= _score(captions, references) if suffix else {}
+            found |= {name + suffix: value for name, value in scores.items()}
+            reasons |= dict.fromkeys(why_not)
+        return found, list(reasons)
+
+    def submission(self, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the official format of COCO, NoCaps and TextCaps: image_id and caption of each image."""
+        lacking = next((row for row in predictions if "image_id" not in row), None)
+        if lacking is not None:
+            raise ValueError(
+                f"task captioning: image {lacking['key']} has no field image_id, by which a submission names it; "
+                "convert the official files with vlp data convert"
+            )
+        keys = [row["image_id"] for row in predictions]
+        if all(isinstance(key, str) and key.isdecimal() for key in keys):  # a csv holds integers as text
+            keys = [int(key) for key in keys]
+        return [{"image_id": key, "caption": row["caption"]} for key, row in zip(keys, predictions, strict=True)]
+
+    def _nearest(
+        self, parts: Parts, reader: Reader, survey: CaptionSurvey, indices: Sequence[int]
+    ) -> dict[str, dict[str, str]]:
+        """Captions of the nearest training images, under the floors' names."""
+        if not self.neighbours or survey.images is None:
+            return {}
+        found, data = {}, parts.run.data
+        for way in ("pixels", self.neighbours_by):
+            if way is None:
+                continue
+            known = way, reader.fingerprint
+            if known not in survey.nearest:
+                describe = by_pixels(data) if way == "pixels" else by_embedding(way, data, parts.model.device)
+                survey.nearest[known] = nearest_captions(describe, survey.images, reader, data, indices)
+            if survey.nearest[known]:
+                found["nearest image" if way == "pixels" else "nearest embedding"] = survey.nearest[known]
+        return found
 
     def predict(self, parts: Parts, reader: Reader) -> Iterator[dict[str, Any]]:
         """Yield key, image, caption and its score (log-probability over length) for each sample."""
@@ -162,12 +231,9 @@ class CaptioningConfig(TaskConfig):
                     model, memory, parts.tokenizer.vocabulary, generation, objective=_writer(model)
                 )
             for one, each, score in zip(group, ids, scores.tolist(), strict=True):
-                yield {
-                    "key": one.sample.key,
-                    "image": one.image,
-                    "caption": parts.tokenizer.decode(each),
-                    "score": score,
-                }
+                known = {name: one.sample.fields[name] for name in CARRIED if name in one.sample.fields}
+                caption = parts.tokenizer.decode(each)
+                yield {"key": one.sample.key, "image": one.image, **known, "caption": caption, "score": score}
 
     def _notes(self, references: Mapping[str, Sequence[str]], survey: CaptionSurvey | None) -> tuple[str, ...]:
         notes = [
@@ -196,6 +262,14 @@ def _is_exact(caption: str, references: Iterable[str]) -> bool:
     return tokenize(caption) in [tokenize(reference) for reference in references]
 
 
-def _score(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    exact = [_is_exact(caption, references[name]) for name, caption in captions.items()]
+def _score(
+    captions: Mapping[str, str], references: Mapping[str, Sequence[str]], rows: Sequence[dict[str, Any]] = ()
+) -> dict[str, float]:
+    """All metrics; ``rows``, in the captions' order, are told what each adds to those that are means."""
+    exact = [float(_is_exact(caption, references[name])) for name, caption in captions.items()]
+    if rows:
+        said = [tokenize(caption) for caption in captions.values()]
+        known = [[tokenize(reference) for reference in references[name]] for name in captions]
+        for row, *values in zip(rows, cider_d(said, known)[1], rouge_l(said, known)[1], exact, strict=True):
+            row["metrics"] = dict(zip(("CIDEr-D", "ROUGE-L", "exact match"), values, strict=True))
     return caption_metrics(captions, references) | {"exact match": sum(exact) / len(exact)}

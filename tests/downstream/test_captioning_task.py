@@ -43,7 +43,10 @@ def test_finetuning_writes_eight_captions_by_heart(tmp_path, decoder):
     written = json.loads((tmp_path / "run" / "result.json").read_text())
     assert written["task"] == "captioning" and written["counts"] == {"samples": 8, "bad": 0}
     headers = [column.header for column in finetune_table(run, done).columns]
-    assert headers == ["metric", *(["before", "after"] if done.before else ["model"]), "most frequent caption"]
+    floors = ["most frequent caption", "nearest image"]
+    assert headers == ["metric", *(["before", "after"] if done.before else ["model"]), *floors]
+    assert done.after.floors["nearest image"]["exact match"] == 1.0, "the same images are their own neighbours"
+    assert all(row["metrics"]["exact match"] == 1.0 for row in rows)
 
     finetuned = vlp.load(tmp_path / "run")
     assert finetuned.caption([tmp_path / "blue_striped.png"]) == ["a striped blue square"]
