@@ -6,6 +6,8 @@ import toys
 import vlp
 from downstream.captioning import CaptionSurvey
 from downstream.finetune import FinetuneConfig, finetune_config
+from downstream.sentiment import SentimentSurvey
+from downstream.verdict import VerdictSurvey
 from downstream.vqa import VqaSurvey
 from vlp.config import list_recipes, load_recipe, restated
 from vlp.model import build_model
@@ -16,6 +18,10 @@ SURVEYS = {
     "vqa": VqaSurvey(("no", "yes"), (2.0, 1.0), {}, 3),
     "captioning": CaptionSurvey("a", 1, 1),
     "retrieval": None,
+    "nlvr2": VerdictSurvey({"False": 2, "True": 1}),
+    "snli_ve": VerdictSurvey({"neutral": 1}),
+    "vcr": None,
+    "sentiment": SentimentSurvey(0.0, 1),
 }
 
 
