@@ -29,7 +29,7 @@ class TuneConfig(Config):
     samples: int = Field(1000, ge=1)
     """Validation samples that these evaluations use, at even distances; before and after, all are used."""
     probe: str | tuple[str, ...] | None = "emoji:fluent3d"
-    """Images with captions (a few hundred are used) on which zero-shot retrieval is scored before and after, so that
+    """Images with captions (a hundred are used) on which zero-shot retrieval is scored before and after, so that
     forgetting is seen; none = it is not."""
 
 

@@ -20,7 +20,7 @@ from vlp.model import Model
 
 logger = logging.getLogger(__name__)
 
-IMAGES, FEW = 200, 32
+IMAGES, FEW = 100, 32
 """Images that are searched; few where a model without embeddings must match all pairs."""
 METRICS = ("i2t/R@1", "t2i/R@1", "i2t_any/R@1")
 
