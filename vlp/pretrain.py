@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,10 @@ def with_hash(parts: Parts) -> Parts:
         ValueError: the data are not those that the run began with.
     """
     assert parts.reader is not None
-    check_hash(parts.reader, parts.run.data)
-    data = parts.run.data.model_copy(update={"hash": parts.reader.fingerprint})
-    run = parts.run.model_copy(update={"data": data})
-    return Parts(run, parts.model, parts.tokenizer, parts.reader)
+    data, sources = parts.run.data, dict(parts.run.data.sources)
+    check_hash(parts.reader, data)
+    for name, reader in parts.sources.items():
+        check_hash(reader, data.of(name), name)
+        sources[name] = sources[name].model_copy(update={"hash": reader.fingerprint})
+    data = data.model_copy(update={"hash": parts.reader.fingerprint, "sources": sources})
+    return replace(parts, run=parts.run.model_copy(update={"data": data}))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar
 
 from pydantic import Field
@@ -14,6 +15,7 @@ from objectives import ObjectiveConfig
 from vlp.config import Config
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, decode_texts, open_reader
+from vlp.data.sources import MAIN
 from vlp.data.split import split_by_image
 from vlp.data.tokenizer import Tokenizer, build_tokenizer
 from vlp.model import Model, ModelConfig, build_model
@@ -48,6 +50,8 @@ class Parts:
     tokenizer: Tokenizer
     reader: Reader | None
     """Training data; None where the run names none."""
+    sources: Mapping[str, Reader] = field(default_factory=dict)
+    """Those of `data.sources`, by name."""
 
 
 def settle(run: R) -> R:
@@ -104,21 +108,24 @@ def assemble(run: RunConfig, *, tokenizer: Tokenizer | None = None, pretrained: 
     """
     run = settle(run)
     reader = open_training_data(run.data) if run.data.train else None
+    sources = {} if reader is None else {name: open_training_data(run.data.of(name)) for name in run.data.sources}
     if tokenizer is None:
-        texts: Iterator[str] = captions(reader, run.data) if reader is not None else iter(())
+        every = {} if reader is None else {MAIN: reader, **sources}
+        texts = chain.from_iterable(captions(one, run.data.of(name)) for name, one in every.items())
         tokenizer = build_tokenizer(run.data.tokenizer, texts)
     model = build_model(
         run.model, run.objectives, vocabulary_size=tokenizer.vocabulary.size, seed=run.train.seed, pretrained=pretrained
     )
     objectives: Mapping[str, ObjectiveConfig] = model.objective_configs
     run = run.model_copy(update={"model": model.config, "objectives": dict(objectives)})
-    return Parts(run, model, tokenizer, reader)
+    return Parts(run, model, tokenizer, reader, sources)
 
 
 def open_training_data(data: DataConfig) -> Reader:
     """Open the reader of ``data.train``, without what ``data.split`` holds out."""
     assert data.train is not None
-    reader = open_reader(data.train, image=data.image, text=data.text, root=data.root, where=data.where)
+    image = () if data.only == "text" else data.image
+    reader = open_reader(data.train, image=image, text=data.text, root=data.root, where=data.where)
     if data.split is None or data.val is not None:
         return reader
     return split_by_image(reader, data.split).of(reader, "train")

@@ -24,7 +24,7 @@ NOISE = {"none": None, "noise": AdversarialConfig(modality="text", lr=0.1)}
 
 def train(rank: int | None, noise: str) -> dict[str, torch.Tensor]:
     model = tiny_model("dual_stream", OBJECTIVES).double().train()
-    wrapped = wrap(model, CONFIG, torch.device("cpu"))
+    wrapped = wrap(model, CONFIG, torch.device("cpu"), leaves_out=True)
     step = TrainStep(wrapped, CONFIG.optim, seed=3, total=8 * STEPS, adversarial=NOISE[noise])
     trained = []
     for number in range(STEPS):

@@ -33,8 +33,9 @@ class Example:
     """Name of the sample, for errors."""
     images: tuple[Tensor, ...]
     """uint8 [3, H, W] each; the same number in all examples of a task."""
-    text: str
-    """Text of the view "clean" and of every other view that ``other_texts`` does not name."""
+    text: str | None
+    """Text of the view "clean" and of every other view that ``other_texts`` does not name; None in all examples of a
+    batch: images alone."""
     other_texts: Mapping[str, str] = field(default_factory=dict)
     """By view, text of views that are made of something else, as "lm:answer"; views that no objective has are left."""
     second: str | None = None
@@ -144,21 +145,9 @@ def collate(
         ValueError: If images differ in size or examples in their number of images.
     """
     assert examples and len(examples) == len(positions) and "clean" not in views
-    joined = [_encode(example, tokenizer, max_length) for example in examples]
-    encoded, segments = [one[:2] for one in joined], [one[2] for one in joined]
-    vocabulary, draw = tokenizer.vocabulary, Draw(seed)
-    texts = {"clean": pad_texts([ViewText(ids) for ids, _ in encoded], "full", vocabulary.pad, max_length)}
-    numbers = text_numbers(positions)
-    for name, view in views.items():
-        made = []
-        for example, position, number, own in zip(examples, positions, numbers, encoded, strict=True):
-            ids, starts = (
-                tokenizer.encode(example.other_texts[name], max_length) if name in example.other_texts else own
-            )
-            key = numbered(draws_of(name, view), number)
-            made.append(view.make(ids, starts, vocabulary, draw.sample(key, position)))
-        texts[name] = pad_texts(made, view.attention, vocabulary.pad, max_length)
-    texts = {name: with_segments(text, segments, name) for name, text in texts.items()}
+    draw, numbers = Draw(seed), text_numbers(positions)
+    captions = [example.text for example in examples if example.text is not None]
+    texts = _texts(examples, positions, tokenizer, views, max_length, draw) if captions else {}
     samples = [example for example, number in zip(examples, numbers, strict=True) if number == 0]
     places = [place for place, number in zip(positions, numbers, strict=True) if number == 0]
     images, image_of_text = _visions(samples, places, image_views or {}, regions, draw), None
@@ -170,15 +159,41 @@ def collate(
         image_of_text=image_of_text,
         targets=_targets(examples),
         image_id=_image_ids(samples) if images else None,
-        caption_id=torch.tensor([caption_hash(example.text) for example in examples], dtype=torch.int64),
+        caption_id=torch.tensor([caption_hash(text) for text in captions], dtype=torch.int64) if captions else None,
         position=torch.tensor([p for p, number in zip(positions, numbers, strict=True) if number == 0]),
     )
+
+
+def _texts(
+    examples: Sequence[Example],
+    positions: Sequence[int],
+    tokenizer: Tokenizer,
+    views: Mapping[str, View],
+    max_length: int,
+    draw: Draw,
+) -> dict[str, Texts]:
+    """The view "clean" of all texts, and every other view."""
+    joined = [_encode(example, tokenizer, max_length) for example in examples]
+    encoded, segments = [one[:2] for one in joined], [one[2] for one in joined]
+    vocabulary = tokenizer.vocabulary
+    texts = {"clean": pad_texts([ViewText(ids) for ids, _ in encoded], "full", vocabulary.pad, max_length)}
+    for name, view in views.items():
+        made = []
+        for example, position, number, own in zip(examples, positions, text_numbers(positions), encoded, strict=True):
+            ids, starts = (
+                tokenizer.encode(example.other_texts[name], max_length) if name in example.other_texts else own
+            )
+            key = numbered(draws_of(name, view), number)
+            made.append(view.make(ids, starts, vocabulary, draw.sample(key, position)))
+        texts[name] = pad_texts(made, view.attention, vocabulary.pad, max_length)
+    return {name: with_segments(text, segments, name) for name, text in texts.items()}
 
 
 def _encode(
     example: Example, tokenizer: Tokenizer, max_length: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.int64] | None]:
     """Ids of an example's text, where words begin, and, where it has two segments, these."""
+    assert example.text is not None, f"{example.key} has no text, but others of its batch have one"
     if example.second is None:
         return (*tokenizer.encode(example.text, max_length), None)
     return encode_segments(tokenizer, example.text, example.second, max_length)

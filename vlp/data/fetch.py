@@ -20,6 +20,7 @@ from vlp.data.group import Groups, without_images
 from vlp.data.pairing import pair
 from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
 from vlp.data.regions import RegionArrays, RegionLayout, read_regions
+from vlp.data.sources import Only
 from vlp.data.tokenizer import Tokenizer
 from vlp.data.transforms import TrainTransform
 
@@ -48,6 +49,11 @@ def pair_example(sample: Sample, generator: np.random.Generator) -> Example:
     if not captions:
         raise BadSample(sample.key, "no caption, or an empty one")
     return Example(sample.key, sample.images, captions[int(generator.integers(len(captions)))])
+
+
+def image_example(sample: Sample, generator: np.random.Generator) -> Example:
+    """Image without a text."""
+    return Example(sample.key, sample.images, None)
 
 
 def image_identity(raw: RawSample, sample: Sample) -> int:
@@ -90,6 +96,8 @@ class Fetch(Dataset[Fetched]):
     """Image views with hidden patches."""
     regions: RegionLayout | None = None
     """What is read of a detector's regions, in place of images; None: images."""
+    only: Only = None
+    """The one modality that is read; None: both."""
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -142,7 +150,7 @@ class Fetch(Dataset[Fetched]):
             one = self.prepare(replace(sample, images=images), self.draw.sample(numbered("example", number), position))
             one = self._paired(replace(one, regions=regions), sample, position, number, index)
             try:
-                for text in (one.text, one.second or "", *one.other_texts.values()):
+                for text in (one.text or "", one.second or "", *one.other_texts.values()):
                     text.encode()
             except UnicodeEncodeError as error:
                 raise BadSample(sample.key, f"text is not Unicode: {error.reason}") from error
@@ -159,7 +167,7 @@ class Fetch(Dataset[Fetched]):
         raws = [self.reader[i] for i in indices]
         # Whether a text is needed, and which, is for `prepare` to say.
         config = self.config
-        if self.regions is None:
+        if self.regions is None and self.only != "text":
             samples = [decode_sample(raws[0], image=config.image, text=config.text, need_text=False)]
         else:
             samples = [self._without_image(raws[0])]

@@ -12,28 +12,28 @@ import math
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from encoders.types import Batch
 from objectives.base import ImageView, View
 from vlp.config import Config
 from vlp.data.fetch import Fetch, Fetched, Prepare, Slot
 from vlp.data.group import group_samples
-from vlp.data.order import Order, batch_positions, rank_slice
+from vlp.data.order import Order, rank_slice
 from vlp.data.pairing import PairingConfig
 from vlp.data.reader import Reader
+from vlp.data.records import tolerated
 from vlp.data.regions import RegionLayout
+from vlp.data.sources import MAIN, Mix, SourceConfig
 from vlp.data.tokenizer import Tokenizer, TokenizerConfig
 from vlp.data.transforms import ImageTransformConfig, TrainTransform
 
 logger = logging.getLogger(__name__)
-
-_TOLERATED = 10  # bad samples that the first few hundred may hold, whatever their share
 
 
 class DataConfig(Config):
@@ -41,6 +41,15 @@ class DataConfig(Config):
 
     train: str | tuple[str, ...] | None = None
     """Training data: tar shards ('shards/{000..099}.tar', URLs too), a csv/jsonl/parquet table, a folder, or a list."""
+    only: Literal["image", "text"] | None = None
+    """What the model is trained on of data.train; none = pairs."""
+    ratio: float = Field(default=1.0, gt=0)
+    """How often data.train is read, relative to the ratios of `sources`."""
+    sources: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Training data beside data.train, by name: texts alone, images alone (FLAVA, BEiT-3, SimVLM), other pairs."""
+    mix: Literal["drawn", "joint"] = "drawn"
+    """`drawn`: each step reads one source, drawn by the ratios (FLAVA). `joint`: each step reads all sources, its
+    samples shared out by the ratios (BEiT-3, SimVLM)."""
     val: str | tuple[str, ...] | None = None
     """Validation data, in the same forms."""
     where: dict[str, Any] | None = None
@@ -83,23 +92,38 @@ class DataConfig(Config):
     """Share of bad samples, of those read by a rank, above which the run stops; 0 = at the first. Else ten are let pass
     in any case, or an eighth of data of less than 80 samples."""
 
+    def of(self, source: str) -> DataConfig:
+        """Return what is read of a source, ``main`` or one of ``sources``; these have no more than their own settings.
 
-def check_hash(reader: Reader, config: DataConfig) -> None:
+        Raises:
+            ValueError: its data are not named.
+        """
+        if source == MAIN:
+            return self
+        given = self.sources[source]
+        if not given.train:
+            raise ValueError(
+                f"data.sources.{source}.train is not set; name the data with --data.sources.{source}.train, or leave "
+                f"them out with --data.sources.{source} none, and the objectives that need them"
+            )
+        plain = {"texts_per_image": 1, "pairing": None, "alternates": None, "alternate_share": 0.0, "group": None}
+        without: dict[str, Any] = {"val": None, "split": None, "sources": {}}
+        own = {name: getattr(given, name) for name in SourceConfig.model_fields}
+        return self.model_copy(update=own | plain | without)
+
+
+def check_hash(reader: Reader, config: DataConfig, source: str = MAIN) -> None:
     """Compare training data with what the run was started on.
 
     Raises:
         ValueError: They differ.
     """
     if config.hash is not None and config.hash != reader.fingerprint:
+        name = "data" if source == MAIN else f"data.sources.{source}"
         raise ValueError(
-            f"data.hash {config.hash} is not that of data.train ({reader.fingerprint}): the data changed since "
-            "the run began; restore them, or set data.hash none to go on with these"
+            f"{name}.hash {config.hash} is not that of {name}.train ({reader.fingerprint}): the data changed since "
+            f"the run began; restore them, or set {name}.hash none to go on with these"
         )
-
-
-def tolerated(share: float, seen: int, size: int) -> float:
-    """Return how many of ``seen`` samples may be bad, of data of ``size`` samples (`data.bad_samples`)."""
-    return max(share * seen, min(_TOLERATED, math.ceil(size / 8))) if share > 0 else 0
 
 
 def _same(fetched: Any) -> Any:
@@ -113,10 +137,29 @@ def _leave_signals(worker: int) -> None:
 
 
 class _Micro(NamedTuple):
-    """One micro-batch: this rank's positions, and the number of samples of every rank."""
+    """One micro-batch: its source, this rank's positions there, and the number of samples of every rank."""
 
+    source: str
     positions: range
     sizes: tuple[int, ...]
+
+
+_Wanted: TypeAlias = tuple[str, list[Slot]]
+"""Source, and its slots."""
+
+
+class _Fetches(Dataset[Fetched]):
+    """The micro-batches of all sources; what worker processes do."""
+
+    def __init__(self, by_source: Mapping[str, Fetch]) -> None:
+        self.by_source = dict(by_source)
+
+    def __getitem__(self, wanted: _Wanted) -> Fetched:
+        source, slots = wanted
+        found = self.by_source[source][slots]
+        if source == MAIN:
+            return found
+        return found._replace(bad=tuple((f"{source}/{key}", reason) for key, reason in found.bad))
 
 
 class Loader:
@@ -130,16 +173,18 @@ class Loader:
         config: Of the data.
         seed: Of the run.
         global_batch: Samples of one step over all ranks and micro-batches.
-        micro_batches: Parts that each rank cuts its share of a step into.
+        micro_batches: Parts that each rank cuts its share of a step into; a source's share of it into parts as large.
         rank: This rank.
         world: Number of ranks.
         shuffle: Draw a new order every epoch, else read as stored.
         again: Give also the view "again" of the images, augmented anew.
         image_views: Image views with hidden patches, by name (``Model.image_views()``).
         regions: What is read of a detector's regions, in place of images; None: images are read.
+        sources: What fetches the samples of other sources than ``reader``, by name; ``config`` has their ratios.
 
     Attributes:
         bad: Key and reason of every unusable sample that this rank met.
+        positions: Samples of each source that the run has read after the step that :meth:`steps` gave last.
 
     Raises:
         ValueError: There are no samples, or fewer in a step than ranks.
@@ -162,21 +207,32 @@ class Loader:
         again: bool = False,
         image_views: Mapping[str, ImageView] | None = None,
         regions: RegionLayout | None = None,
+        sources: Mapping[str, Fetch] | None = None,
     ):
         if global_batch < world:
             raise ValueError(f"global_batch {global_batch} is less than the {world} ranks; raise it or use fewer ranks")
         assert micro_batches >= 1
         groups = None if config.group is None else group_samples(reader, config.group)
         train = TrainTransform(config.transform)
-        more = (again, image_views or {}, regions)
-        self._fetch = Fetch(reader, groups, prepare, tokenizer, views, config, train, seed, *more)
-        self.order = Order(len(self._fetch), seed, shuffle)
+        more = (again, image_views or {}, regions, config.only)
+        main = Fetch(reader, groups, prepare, tokenizer, views, config, train, seed, *more)
+        self._fetches = _Fetches({MAIN: main, **(sources or {})})
+        self._orders = {name: Order(len(one), one.seed, shuffle) for name, one in self._fetches.by_source.items()}
+        ratios = {MAIN: config.ratio, **{name: config.sources[name].ratio for name in sources or {}}}
+        self._mix = Mix(ratios, config.mix == "joint", seed, world)
+        self._mix.check(global_batch)
         self.bad: dict[str, str] = {}
+        self.positions: dict[str, int] = {}
         self._config, self._micro_batches = config, micro_batches
         self._global_batch, self._rank, self._world = global_batch, rank, world
         self._seen = 0
 
-    def steps(self, start: int, end: int) -> Iterator[list[Batch]]:
+    @property
+    def order(self) -> Order:
+        """Of the main source."""
+        return self._orders[MAIN]
+
+    def steps(self, start: int, end: int, positions: Mapping[str, int] | None = None) -> Iterator[list[Batch]]:
         """Yield the micro-batches of every step over the positions ``start`` .. ``end - 1``.
 
         The last step may be smaller; one with fewer samples than ranks is left out, with a line in the log. All ranks
@@ -185,19 +241,27 @@ class Loader:
         Args:
             start: Samples that the run has seen.
             end: Samples at which it stops.
+            positions: Samples of each source that it has read; None: as steps of this size have.
 
         Raises:
             ValueError: Too many samples are bad, or do not fit together.
         """
-        index = self.order.index
-        slots = ([(p, index(p)) for p in micro.positions] for _, micros in self._plan(start, end) for micro in micros)
+        at = self._mix.positions(start, self._global_batch) if positions is None else positions
+        self.positions = dict(at)
+        slots = (
+            (micro.source, [(p, self._orders[micro.source].index(p)) for p in micro.positions])
+            for _, micros, _ in self._plan(start, end, at)
+            for micro in micros
+        )
         fetched = self._batches(slots)
         done = start
-        for begin, micros in self._plan(start, end):
+        for begin, micros, after in self._plan(start, end, at):
             batches = []
             for micro in micros:
                 batch = next(fetched)
-                batches.append(replace(batch, seen=begin, counts=_counts(batch, micro.sizes)))
+                counts = _counts(batch, micro.sizes)
+                batches.append(replace(batch, source=micro.source, seen=begin, counts=counts))
+            self.positions = after
             yield batches
             done = begin + self._global_batch
         if done < end:
@@ -208,26 +272,32 @@ class Loader:
         if self.bad:
             logger.warning("%d samples were bad, of %d read: %s", len(self.bad), self._seen, _some(self.bad))
 
-    def _plan(self, start: int, end: int) -> Iterator[tuple[int, list[_Micro]]]:
-        """First position and micro-batches of every step."""
-        while start < end:
-            whole = batch_positions(start, self._global_batch, end)
-            shares = [rank_slice(start, len(whole), rank, self._world) for rank in range(self._world)]
-            # The last share is the smallest: no rank may run out of micro-batches while others wait for it.
-            number = min(self._micro_batches, len(shares[-1]))
-            if number == 0:
-                return
+    def _plan(self, start: int, end: int, at: Mapping[str, int]) -> Iterator[tuple[int, list[_Micro], dict[str, int]]]:
+        """Samples seen, micro-batches, and what is read of each source then, of every step."""
+        for step in self._mix.steps(start, end, self._global_batch, at):
             micros = []
-            for k in range(number):
-                parts = [rank_slice(share.start, len(share), k, number) for share in shares]
-                micros.append(_Micro(parts[self._rank], tuple(len(part) for part in parts)))
-            yield start, micros
-            start = whole.stop
+            for source, whole in step.parts.items():
+                shares = [rank_slice(whole.start, len(whole), rank, self._world) for rank in range(self._world)]
+                # The last share is the smallest: no rank may run out of micro-batches while others wait for it.
+                number = min(self._parts_of(len(whole), step.end - step.begin), len(shares[-1]))
+                for k in range(number):
+                    parts = [rank_slice(share.start, len(share), k, number) for share in shares]
+                    micros.append(_Micro(source, parts[self._rank], tuple(len(part) for part in parts)))
+            if not micros:
+                return
+            yield step.begin, micros, step.after
 
-    def _batches(self, slots: Iterable[list[Slot]]) -> Iterator[Batch]:
+    def _parts_of(self, samples: int, whole: int) -> int:
+        """Into how many micro-batches each rank cuts its share of a source's samples in a step of ``whole``."""
+        if samples == whole:
+            return self._micro_batches
+        largest = math.ceil(math.ceil(self._global_batch / self._world) / self._micro_batches)
+        return math.ceil(math.ceil(samples / self._world) / largest)
+
+    def _batches(self, slots: Iterable[_Wanted]) -> Iterator[Batch]:
         """Fetch micro-batches in order, in workers or here."""
         loader: DataLoader[Fetched] = DataLoader(
-            self._fetch,
+            self._fetches,
             batch_size=None,
             sampler=slots,
             collate_fn=_same,
@@ -250,7 +320,7 @@ class Loader:
         for key, reason in new.items():
             logger.warning("bad sample '%s': %s", key, reason)
         self.bad |= new
-        share, size = self._config.bad_samples, self.order.size
+        share, size = self._config.bad_samples, sum(order.size for order in self._orders.values())
         seen = min(max(self._seen, len(self.bad)), size)  # later epochs show the same samples again
         if new and len(self.bad) > tolerated(share, seen, size):
             raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from vlp.data.benchmark import emoji_path
 from vlp.data.easy_vqa import SCHEME as EASY_VQA
 from vlp.data.easy_vqa import EasyVqaReader
+from vlp.data.lines import LINES_SUFFIX, LinesReader
 from vlp.data.records import IMAGE_EXTENSIONS, TEXT_FIELDS, BadSample, RawSample, Reader, digest
 from vlp.data.shards import ShardReader
 from vlp.data.table import TABLE_SUFFIXES, FolderReader, TableReader
@@ -55,9 +56,10 @@ def open_reader(
 
     Args:
         spec: Tar shards (path or fsspec url, with braces or globs), a table (csv, tsv, json, jsonl, parquet), a folder
-            of images (or of .tar files, or with a metadata.csv / .jsonl / .parquet), or a list of those, read in order;
+            of images (or of .tar files, or with a metadata.csv / .jsonl / .parquet), a .txt file of one text a line,
+            or a list of those, read in order;
             ``emoji:STYLE,...`` for the embedded benchmark, ``easy-vqa:train`` or ``:test`` for easy-vqa.
-        image: Tables: column or columns with image paths; None guesses.
+        image: Tables: column or columns with image paths; None guesses, ``()`` for texts without images.
         text: Tables: column with the text; None guesses.
         root: Tables: folder that image paths are relative to; None means the folder of the table.
         where: Keep samples whose fields (row, or .json member) have these values.
@@ -88,6 +90,10 @@ def open_reader(
         path = tables[0]
     if not path.exists() and not path.suffix:
         raise ValueError(f"data: there is no file or folder '{path}'; check the path")
+    if path.suffix == LINES_SUFFIX:
+        if image or where:
+            raise ValueError(f"data: '{path}' holds a text a line, without images or fields; leave image and where out")
+        return LinesReader(path)
     if path.suffix not in TABLE_SUFFIXES:
         known = ", ".join((".tar", *TABLE_SUFFIXES))
         raise ValueError(f"data: '{path}' is neither a folder nor a file ending in {known}; check the path")

@@ -78,7 +78,8 @@ def train(
     config = parts.run.train
     check_sample(config.sample, dict(parts.model.objectives.items()))  # type: ignore[arg-type]
     freeze_parts(parts.model, config.optim)
-    model = wrap(parts.model.to(device).train(), config, device)
+    leaves_out = bool(config.sample or parts.sources)
+    model = wrap(parts.model.to(device).train(), config, device, leaves_out)
     loader = open_loader(parts, prepare)
     if config.compile and config.adversarial:
         raise ValueError("train.adversarial changes what parts of the model read, which train.compile fixes; set one")
@@ -94,7 +95,9 @@ def train(
         write_config(folder, parts.run)  # only now: all that can be wrong with it has been said
     log = RunLog(folder, config.samples, seen, watch.chances, quiet=rank() != 0)
     try:
-        ended = _Steps(config, step, state, meter, log, watch, evaluation).run(loader, seen)
+        ended = _Steps(config, step, state, meter, log, watch, evaluation).run(
+            loader, seen, None if restored is None else restored.get("positions")
+        )
     except NonFiniteError as error:
         path = state.keep_batch(error)
         raise NonFiniteError(f"{error}; the batch is in {path}", error.batches) from error
@@ -116,12 +119,18 @@ class _Steps:
     watch: Watch
     evaluation: Evaluation | None
 
-    def run(self, loader: Loader, seen: int) -> Outcome:
-        """Train from ``seen`` samples on, to the last one, a signal or the evaluation's word."""
+    def run(self, loader: Loader, seen: int, positions: Mapping[str, int] | None) -> Outcome:
+        """Train from ``seen`` samples on, to the last one, a signal or the evaluation's word.
+
+        Args:
+            loader: of the data.
+            seen: samples that the run has seen.
+            positions: those of each source; None: as steps of this size have.
+        """
         config = self.config
         finished = config.samples - seen < world_size()  # a step needs a sample per rank
         with stop_signal() as stop:
-            for batches in timed(loader.steps(seen, config.samples), self.meter):
+            for batches in timed(loader.steps(seen, config.samples, positions), self.meter):
                 report = self.step(batches, sampled(config.sample, config.seed, batches[0].seen))
                 self.meter.add(report)
                 seen = report.seen
@@ -131,7 +140,8 @@ class _Steps:
                 verdict = self._evaluate(report, last)
                 finished, stopping = last or verdict.stop, agreed(stop.is_set())
                 if passed(config.save_every, report) or finished or stopping or verdict.best:
-                    self.state.save(seen, self.meter.latest, self.meter.state(), best=verdict.best)
+                    memory = {"meter": self.meter.state(), "positions": loader.positions}
+                    self.state.save(seen, self.meter.latest, memory, best=verdict.best)
                 if stopping and not finished:
                     logger.warning("stopped by a signal at %d samples; go on with --resume %s", seen, self.state.folder)
                 if stopping or finished:
@@ -171,8 +181,15 @@ def watch_over(parts: Parts) -> Watch:
     return Watch(chances, patience=max(config.samples // 5, 20 * config.global_batch))
 
 
-def wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
-    """Compile and distribute the model where the run asks for it."""
+def wrap(model: nn.Module, config: TrainConfig, device: torch.device, leaves_out: bool = False) -> nn.Module:
+    """Compile and distribute the model where the run asks for it.
+
+    Args:
+        model: to train.
+        config: of the run.
+        device: of this rank.
+        leaves_out: whether a step leaves out objectives, so that parameters get no gradient.
+    """
     if config.compile:
         for part in ("vision", "text", "fusion"):
             if isinstance(module := getattr(model, part), nn.Module):
@@ -186,5 +203,5 @@ def wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Modu
         device_ids=device_ids,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
-        find_unused_parameters=bool(config.sample),  # the heads of objectives that a step leaves out
+        find_unused_parameters=leaves_out,
     )

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from encoders.region import RegionEncoder
-from objectives.base import AGAIN
+from objectives.base import AGAIN, Objective
 from objectives.collectives import rank, world_size
 from objectives.mrm import Mrm
-from vlp.data.fetch import Prepare
+from vlp.data.fetch import Fetch, Prepare, image_example, pair_example
 from vlp.data.loader import Loader
 from vlp.data.regions import NAMES, RegionLayout
+from vlp.data.sources import MAIN, Only, source_seed
+from vlp.data.transforms import TrainTransform
 from vlp.model import Model
 from vlp.train.config import TrainConfig
+from vlp.usage import image_views, text_views, usable
 
 if TYPE_CHECKING:
     from vlp.run import Parts
@@ -39,32 +43,96 @@ def open_loader(parts: Parts, prepare: Prepare) -> Loader:
     """Return this rank's loader of the training data.
 
     Raises:
-        ValueError: the global batch has fewer samples than there are ranks.
+        ValueError: the global batch has fewer samples than there are ranks, or sources and objectives do not fit.
     """
     config, world = parts.run.train, world_size()
     number = micro_batches(config, world)
     sizes = (config.global_batch, world, number, config.micro_batch)
     logger.info("global batch %d = %d ranks x %d micro-batches x up to %d", *sizes)
     assert parts.reader is not None
+    main, sources = parts.run.data, {name: (one, parts.run.data.of(name)) for name, one in parts.sources.items()}
+    trains = trained_by(parts.model, {MAIN: main.only, **{name: data.only for name, (_, data) in sources.items()}})
+    if sources and config.sample:
+        raise ValueError("train.sample draws the objectives, and data.sources the data of a step; set one of the two")
+    wanted = {name: _wanted(parts.model, objectives, main.whole_region) for name, objectives in trains.items()}
+    fetches = {
+        name: Fetch(
+            reader,
+            None,
+            image_example if data.only == "image" else pair_example,
+            parts.tokenizer,
+            config=data,
+            transform=TrainTransform(data.transform),
+            seed=source_seed(config.seed, name),
+            only=data.only,
+            **wanted[name],
+        )
+        for name, (reader, data) in sources.items()
+    }
     return Loader(
         parts.reader,
-        prepare,
+        image_example if main.only == "image" else prepare,
         parts.tokenizer,
-        parts.model.text_views(),
-        parts.run.data,
+        config=main,
         seed=config.seed,
         global_batch=config.global_batch,
         micro_batches=number,
         rank=rank(),
         world=world,
-        again=AGAIN in parts.model.image_names(),
-        image_views=parts.model.image_views(),
-        regions=region_layout(parts.model, parts.run.data.whole_region),
+        sources=fetches,
+        **wanted[MAIN],
     )
 
 
-def region_layout(model: Model, whole: bool) -> RegionLayout | None:
+def trained_by(model: Model, sources: Mapping[str, Only]) -> dict[str, dict[str, Objective]]:
+    """Return the objectives that each source trains.
+
+    Args:
+        model: with its objectives.
+        sources: what each of them brings alone, ``main`` included.
+
+    Raises:
+        ValueError: a source trains nothing, or nothing trains an objective.
+    """
+    every = dict(model.named_objectives())
+    for name, one in every.items():
+        if one.source not in (None, *sources):
+            raise ValueError(
+                f"objectives.{name}.source {one.source} is no source of the data; they are {list(sources)}: add it to "
+                "data.sources, or remove the objective"
+            )
+    found = {}
+    for source, only in sources.items():
+        found[source] = usable(every, source, () if only is None else {"image", "text"} - {only})  # type: ignore[arg-type]
+        if not found[source]:
+            where = "data" if source == MAIN else f"data.sources.{source}"
+            what = "pairs" if only is None else f"{only}s alone"
+            raise ValueError(
+                f"{where}: {what} train none of the objectives {list(every)}; add one, or leave the data out"
+            )
+    if left := set(every) - {name for objectives in found.values() for name in objectives}:
+        raise ValueError(
+            f"objectives {sorted(left)} are trained by none of the sources {list(sources)}; add data that bring what "
+            "they read to data.sources, or remove them"
+        )
+    return found
+
+
+def _wanted(model: Model, objectives: Mapping[str, Objective], whole_region: bool) -> dict[str, Any]:
+    """What the objectives that a source trains read of it."""
+    names = model.image_names(objectives)
+    layout = region_layout(model, whole_region, names)
+    hidden = image_views(objectives)
+    return {"views": text_views(objectives), "again": AGAIN in names, "image_views": hidden, "regions": layout}
+
+
+def region_layout(model: Model, whole: bool, names: Iterable[str] | None = None) -> RegionLayout | None:
     """Return what a model reads of a detector's regions; None if it reads pixels.
+
+    Args:
+        model: with its objectives.
+        whole: the whole image is one more region.
+        names: image views that are read; None: those of all objectives.
 
     Raises:
         ValueError: two objectives hide regions in different ways.
@@ -79,5 +147,5 @@ def region_layout(model: Model, whole: bool) -> RegionLayout | None:
         )
     hide = next(iter(found), None)
     targets = dict.fromkeys(name for one in predicting for name in one.reads if name in NAMES and name != "features")
-    views = {name: hide if name == "masked" else None for name in sorted(model.image_names() - {"clean"})}
+    views = {name: hide if name == "masked" else None for name in sorted(set(names or model.image_names()) - {"clean"})}
     return RegionLayout(config.boxes, config.number, whole, tuple(targets), views)

@@ -59,13 +59,13 @@ class TrainState:
         self.evaluation, self.latest = evaluation, folder
         self.best: Path | None = None
 
-    def save(self, seen: int, metrics: Mapping[str, Any], meter: Mapping[str, Any], *, best: bool = False) -> None:
+    def save(self, seen: int, metrics: Mapping[str, Any], memory: Mapping[str, Any], *, best: bool = False) -> None:
         """Write the checkpoint of ``seen`` samples; all ranks wait until it is whole.
 
         Args:
             seen: samples of the run so far.
             metrics: for the model card.
-            meter: what the log has summed since its last record.
+            memory: what else a resumed run needs, by name.
             best: whether it is the best so far.
         """
         from vlp.checkpoint.card import model_card
@@ -74,7 +74,7 @@ class TrainState:
         self.best = self.latest if best else self.best
         if rank() == 0:
             buffer = io.BytesIO()
-            state = {"seen": seen, "meter": dict(meter), **self.step.state_dict()}
+            state = {"seen": seen, **memory, **self.step.state_dict()}
             if self.evaluation is not None:
                 name = None if self.best is None else self.best.name
                 state |= {"evaluation": self.evaluation.state_dict(), "best": name}

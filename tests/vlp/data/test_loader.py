@@ -399,8 +399,9 @@ def test_config_and_hash():
 def test_what_workers_get_pickles(tokenizer):
     loader = make(tokenizer)
     slots = [(0, 5), (1, 6)]
-    other = pickle.loads(pickle.dumps(loader._fetch))
-    assert tensors(other[slots].batch) == tensors(loader._fetch[slots].batch)
+    main = loader._fetches.by_source["main"]
+    other = pickle.loads(pickle.dumps(main))
+    assert tensors(other[slots].batch) == tensors(main[slots].batch)
 
 
 def test_images_come_again_with_another_augmentation(tokenizer):
