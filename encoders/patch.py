@@ -5,6 +5,7 @@ Shapes: B batch, P patches, N tokens (prefix tokens and patches), D width.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from encoders.positions import PositionResize, positions_per_image
 from encoders.queries import Queries, QueriesConfig
 from encoders.types import Images, Tokens
 from vlp.config import Config
+
+logger = logging.getLogger(__name__)
 
 
 class PatchConfig(Config):
@@ -116,6 +119,13 @@ class PatchEncoder(nn.Module):
         if config.queries is not None:
             self.queries, self.width = Queries(config.queries, self.width), config.queries.width
         self.bare = config.depth == 0
+        cut = 0 if config.stem or config.hybrid or config.position_size else config.image_size % self.patch_side
+        if cut:
+            logger.warning(
+                "model.vision.image_size %d is no multiple of its patches' side %d: the last %d rows and columns of "
+                "pixels are not seen",
+                *(config.image_size, self.patch_side, cut),
+            )
         if config.position_size is not None and (config.stem or config.patch_drop):
             raise ValueError(
                 f"model.vision.position_size {config.position_size} needs all patches of the image itself; set it to "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import json
 import logging
 import os
@@ -147,7 +148,41 @@ def bomb(file: Path, draw: random.Random, sign: Path) -> None:
         file.write_bytes(struct.pack("<Q", draw.choice((len(header), 1 << 60))) + header)
 
 
-MUTATIONS = (truncate, flip_bits, flip_bits, rename_keys, reshape, poison, bomb)
+def damage_settings(file: Path, draw: random.Random, sign: Path) -> None:
+    """Cut a config beside the weights, flip its bits, or give some of its settings another value or none."""
+    names = [name for name in SETTINGS if (file.parent / name).is_file()]
+    if not names:
+        return  # what is given as config= is spoilt instead
+    config = file.parent / draw.choice(names)
+    if draw.random() < 0.3:
+        draw.choice((truncate, flip_bits))(config, draw, sign)
+    elif config.suffix == ".json":
+        config.write_text(json.dumps(spoilt(json.loads(config.read_text(encoding="utf-8")), draw)), encoding="utf-8")
+
+
+def spoilt(tree: Any, draw: random.Random) -> Any:
+    """A copy of settings in which some have another value or are missing."""
+    found = copy.deepcopy(tree)
+    for _ in range(draw.choice((1, 1, 3))):
+        place = found
+        while isinstance(place, dict) and place:
+            name = draw.choice(sorted(place))
+            if isinstance(place[name], dict) and draw.random() < 0.7:
+                place = place[name]
+                continue
+            value = draw.choice(ODD)
+            if value is GONE:
+                del place[name]
+            else:
+                place[name] = value
+            break
+    return found
+
+
+GONE = object()
+ODD = (GONE, None, -1, 0, 7, 10**6, 0.5, "gelu", "../../secret", "", [], {}, [1, 2], {"x": 1}, True, float("nan"))
+SETTINGS = ("config.json", "open_clip_config.json", "preprocessor_config.json", "config.yaml")
+MUTATIONS = (truncate, flip_bits, flip_bits, rename_keys, reshape, poison, bomb, damage_settings)
 
 
 def _write(file: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -181,12 +216,14 @@ def attempt(seedling: Seedling, mutate: Callable[[Path, random.Random, Path], No
     with tempfile.TemporaryDirectory() as folder:
         sign = Path(folder) / "ran"
         file = seedling.copy(Path(folder) / "checkpoint")
-        mutate(file, random.Random(f"{seed}/{number}"), sign)
+        draw = random.Random(f"{seed}/{number}")
+        mutate(file, draw, sign)
+        config = spoilt(seedling.config, draw) if mutate is damage_settings else seedling.config
         # Our folders are read whole, with their manifest; foreign files may also lie alone.
         source = file.parent if (file.parent / "manifest.json").is_file() else file
         try:
             with patience(PATIENCE):
-                vlp.load(source, config=seedling.config)
+                vlp.load(source, config=config)
             found = "report"
         except ValueError as error:
             found = "error" if "\n" not in str(error) else f"an error of several lines: {str(error)[:200]!r}"

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from encoders.types import Batch, Images, Texts, Tokens
 from objectives.answer import Answer
-from objectives.base import Draw, Embed, Encode, Fuse, Pass, ViewText
+from objectives.base import Embed, Encode, Fuse, Pass, ViewText
 from objectives.itm import Itm
 from objectives.lm import Lm
 from objectives.rank import Rank
@@ -30,7 +30,7 @@ from vlp.generate import GenerationConfig, generate_text, room_of, trim
 from vlp.generate_masked import generate_masked, masked_writer
 from vlp.model import Model
 from vlp.passes import memory_of
-from vlp.rank import rank_answers
+from vlp.rank import answer_texts, rank_answers
 
 if TYPE_CHECKING:
     from vlp.checkpoint.load import LoadedConfig
@@ -49,15 +49,28 @@ class LazyTokenizer:
     folder: Path | None = None
     """The checkpoint's own folder, where it holds tokenizer files."""
 
-    @cached_property
+    @property
     def found(self) -> Tokenizer:
-        """The tokenizer."""
+        """The tokenizer.
+
+        Raises:
+            ValueError: there is none; it is looked for once, as a hub that cannot be reached takes most of a minute.
+        """
+        if isinstance(self._looked_for, ValueError):
+            raise ValueError(str(self._looked_for)) from self._looked_for
+        return self._looked_for
+
+    @cached_property
+    def _looked_for(self) -> Tokenizer | ValueError:
+        if self.folder is None and self.config.source == "train":
+            hint = "give vlp.load(..., tokenizer=FOLDER) or --tokenizer FOLDER"
+            return ValueError(f"this checkpoint comes without a tokenizer; {hint}")
         try:
             # What the family does to a text (cleaning, full length, added tokens) holds for its own files too.
             here = {} if self.folder is None else {"source": str(self.folder)}
             return build_tokenizer(self.config.model_copy(update=here), ())
         except ValueError as error:
-            raise ValueError(f"{error}; or give vlp.load(..., tokenizer=FOLDER)") from error
+            return ValueError(f"{error}; or give vlp.load(..., tokenizer=FOLDER) or --tokenizer FOLDER")
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,9 @@ class Loaded:
         found = []
         for part in _pairs(images, texts, "texts", batch_size):
             with torch.inference_mode():
-                found.append(head.score(self._run([Fuse()], *part)[Fuse()].pooled).float().sigmoid())
+                pooled = self._run([Fuse()], *part)[Fuse()].pooled
+                odds = head.log_odds(pooled) if isinstance(head, Itm) else head.score(pooled)
+                found.append(odds.float().sigmoid())
         return _stack(found, 0)
 
     def answer(
@@ -145,7 +160,10 @@ class Loaded:
             raise ValueError(
                 "answers are for a checkpoint that writes them; this one was trained to choose from its own"
             )
-        given = None if answers is None or write is None else self._written(write, _listed(answers, "answers"))
+        given = None
+        if answers is not None:
+            length = self.config.data.max_length
+            given = answer_texts(self.model, self.tokenizer, _listed(answers, "answers"), length, objective=write)
         found: list[str] = []
         for part in _pairs(images, questions, "questions", batch_size):
             with torch.inference_mode():
@@ -161,16 +179,6 @@ class Loaded:
                     best, _ = rank_answers(self.model, memory, given, min(k, len(answers)), objective=write)
                     found += [answers[number] for number in best[:, 0].tolist()]
         return found
-
-    def _written(self, objective: str, texts: Sequence[str]) -> Texts:
-        """Texts as an objective of kind lm writes them, labels included."""
-        writer = self.model.objectives[objective]
-        assert isinstance(writer, Lm)
-        view, words, length = writer.views[writer.config.view], self.tokenizer, self.config.data.max_length
-        made = [view.make(*words.encode(text, length), words.vocabulary, Draw().sample("", 0)) for text in texts]
-        if not made:
-            raise ValueError("answers is empty; give at least one")
-        return _on(pad_texts(made, "causal", words.vocabulary.pad), self.device)
 
     def caption(self, images: Sequence[AnyImage], *, batch_size: int = 32, **generation: Any) -> list[str]:
         """Write a caption of each image; ``generation`` are fields of `GenerationConfig` (``method="beam"``)."""
@@ -215,10 +223,14 @@ class Loaded:
         return f"its objectives are {', '.join(self.model.objectives) or 'none'}"
 
     def _need_fusion(self, what: str) -> None:
+        from vlp.checkpoint.inspect import ABILITIES, abilities  # above this module
+
         if self.model.fusion is None:
+            can = [one for one in ABILITIES if one in abilities(self.config)]
+            train = "itm" if what == "match" else "answer"
             raise ValueError(
-                f"this checkpoint has no fusion (model.fusion.kind none) and cannot {what}; pretrain with "
-                "model.fusion.kind dual_stream and objective itm, or use embed_images and embed_texts"
+                f"this checkpoint has no fusion (model.fusion.kind none) and cannot {what}; train one with "
+                f"model.fusion.kind dual_stream and objective {train}" + (f", or use {', '.join(can)}" if can else "")
             )
 
     def _writer(self, memory: str) -> str | None:

@@ -10,4 +10,4 @@ def test_a_minute_of_mutated_checkpoints() -> None:
     outcomes, failures = fuzz(2000, seed=1, seconds=60)
     assert failures == []
     kinds = {what.partition(":")[0] for what in outcomes}
-    assert kinds == {"truncate", "flip_bits", "rename_keys", "reshape", "poison", "bomb"}
+    assert kinds == {"truncate", "flip_bits", "rename_keys", "reshape", "poison", "bomb", "damage_settings"}

@@ -162,7 +162,7 @@ CANNOT: list[tuple[str, dict[str, Any], Callable[[vlp.Loaded, Any], Any], str]] 
         "none",
         {"itc": ItcConfig()},
         lambda m, i: m.match(i, ["a"]),
-        "has no fusion .* cannot match; pretrain with .* itm",
+        "has no fusion .* cannot match; train one with .* itm, or use embed_images, embed_texts, classify",
     ),
     ("none", {"itc": ItcConfig()}, lambda m, i: m.answer(i, ["a"]), "has no fusion .* cannot answer questions"),
     ("none", {"itc": ItcConfig()}, lambda m, i: m.caption(i), "cannot write captions .*objective lm"),

@@ -1,14 +1,19 @@
 """`vlp show`: plan, FLOPs and parameters; and that sharing passes changes neither losses nor gradients."""
 
 import io
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny_batch, tiny_model
 from rich.console import Console
+from test_recipes import RECIPES, resolved, shrink
 
 from objectives.base import Draw
+from vlp.cli import main
 from vlp.config import load
+from vlp.recipes import dump_yaml, read_tree
 from vlp.run import RunConfig
 from vlp.show import flops, meta_model, plan_rows, show, synthetic_batch
 
@@ -96,3 +101,57 @@ def test_sharing_changes_neither_losses_nor_gradients(fusion):
         torch.testing.assert_close(
             p.grad, together[name], rtol=1e-4, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_shown(recipe):
+    """At small sizes: what a step computes, and FLOPs of each objective, hang on kinds alone."""
+    run = shrink(resolved(recipe))
+    out = io.StringIO()
+    Console(file=out, width=160).print(show(run))
+    assert all(f"{name} alone" in out.getvalue() for name in run.objectives)
+
+
+def test_a_text_that_begins_anew_where_it_is_fused():
+    """BLIP's [ENC]: the same view is read twice, and only what fuses reads the second."""
+    model = meta_model(shrink(resolved("pretrain/blip")))
+    plan = plan_rows(model, synthetic_batch(model, 4, 12))
+    rows = {row.what: row.used_by for row in plan.rows if row.kind == "encode"}
+    assert rows["text clean"] == ("itc", "itm") and rows["text clean, begun as fused texts are"] == ("itm",)
+
+
+def test_counting_flops_leaves_the_model_as_it_was():
+    model = meta_model(shrink(resolved("pretrain/siglip_b16")))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    shared, alone = flops(model, synthetic_batch(model, 4, 12))
+    assert shared == alone["sigmoid"] > 0
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+FORMAT_1 = Path(__file__).parent / "checkpoint" / "format_1"
+
+
+@pytest.mark.parametrize("what", ["config.yaml", "checkpoint", "run", "run with a config"])
+def test_runs_are_shown(tmp_path, capsys, what):
+    """Their tokenizer found fewer words than it may have at most."""
+    run = tmp_path / "run"
+    shutil.copytree(FORMAT_1, run / "checkpoints" / "000000000064")
+    if what == "run with a config":
+        shutil.copy(FORMAT_1 / "config.yaml", run)
+    shown = {"config.yaml": FORMAT_1 / "config.yaml", "checkpoint": FORMAT_1}.get(what, run)
+    assert main(["show", str(shown)]) == 0
+    assert "itm alone" in capsys.readouterr().out
+
+
+def test_a_finetuned_run_is_shown_and_its_recipe_is_not(tmp_path, capsys):
+    tree = read_tree(FORMAT_1 / "config.yaml")
+    tree |= {"task": {"kind": "vqa"}, "init": "runs/x", "objectives": {"answer": {"answers": ["yes", "no"]}}}
+    (tmp_path / "config.yaml").write_text(dump_yaml(tree))
+    assert main(["show", str(tmp_path)]) == 0
+    assert "answer alone" in capsys.readouterr().out
+    for name in ("vqa", "finetune/vqa"):
+        assert main(["show", name]) == 2
+        error = capsys.readouterr().err
+        assert "lies over a checkpoint; see it with vlp finetune" in error and error.count("\n") == 1
+    assert main(["show", str(tmp_path / "checkpoints")]) == 2
+    assert "no such recipe" in capsys.readouterr().err

@@ -22,9 +22,9 @@ from vlp.checkpoint.bert_stack import (
     word_head,
     word_head_copies,
 )
-from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
+from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, names_there
 from vlp.checkpoint.names import Pair, rename_pairs
-from vlp.data.presets import albef_blip
+from vlp.data.presets import albef_blip, hf_processor
 
 NUM_NLVR_IMAGES = 2
 VISION = "visual_encoder"
@@ -53,6 +53,10 @@ def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     """Return what a file is in our words."""
     text = read_stack(shapes, _text_prefix(shapes))
     vision, assumed = vit_recipe(shapes, VISION, config.get("vit", {}))
+    preset = albef_blip(vision["image_size"])
+    if processor := config.get("preprocessor_config"):  # beside what `vlp convert` wrote
+        preset = hf_processor(processor)
+        vision |= {"mean": preset.mean, "std": preset.std}
     stack, more = bert_recipe(text, config)
     model = {"vision": vision, **split_model(shapes, text, stack)}
     model["momentum"] = config.get("momentum", 0.995)
@@ -67,7 +71,7 @@ def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
             "clean": "albef_question" if question else "albef",
             "max_words": 30,
         },
-        "transform": albef_blip(vision["image_size"]).transform.model_dump(exclude_defaults=True),
+        "transform": preset.transform.model_dump(exclude_defaults=True),
     }
     return Recipe({"model": model, "objectives": objectives, "data": data}, (*assumed, *more))
 
@@ -145,7 +149,7 @@ def _objectives(shapes: Shapes, config: Mapping[str, Any]) -> tuple[str, dict[st
             else {"positives": "id", "min_scale": 1e-6, "max_scale": 1e6}
         )
     if "itm_head.weight" in shapes:
-        found["itm"] = {"exclude": "diagonal" if pretraining else "id"}
+        found["itm"] = {"exclude": "diagonal" if pretraining else "id", "score": "logit"}
     if pretraining:
         found["mlm"] = {"mask_probability": config.get("mlm_probability", 0.15), **distill}
     return "pretrain" if pretraining else "retrieval", found
@@ -225,7 +229,7 @@ def rename(state: State) -> Renamed:
             table(prefix, sizes.layers, sizes.split, twin, assigns) if sizes else table(prefix, 0, 0, twin, assigns)
         )
     found = rename_pairs(pairs, whole, _IGNORED | _UNUSED if assigns else _IGNORED)
-    return Renamed(found.state, found.ignored | left, found.unexpected)
+    return Renamed(found.state, found.ignored | left, names_there(found.unexpected, whole, state))
 
 
 FAMILY = Family("albef", recognise, recipe, rename)

@@ -17,8 +17,11 @@ from objectives.answer import AnswerConfig
 from objectives.lm import LmConfig
 from vlp.checkpoint.albef import table
 from vlp.checkpoint.bert_stack import word_head_copies
-from vlp.checkpoint.export import Exported, Exporter
+from vlp.checkpoint.clip_export import image_processor
+from vlp.checkpoint.export import Exported, Exporter, other_look
+from vlp.checkpoint.foreign import PREPROCESSOR_FILE
 from vlp.checkpoint.names import restore_pairs
+from vlp.data.presets import hf_processor
 from vlp.fusion.dual import DualStreamConfig
 from vlp.loaded import Loaded
 
@@ -81,7 +84,17 @@ def back(state: Mapping[str, Tensor], loaded: Loaded) -> Exported:
     ]
     found = restore_pairs(pairs, own)
     _add_copies(found, bert, split if model.fusion.images == "alternate" else None)
-    return Exported(found, _config(loaded, found), left_out=tuple(left))
+    # The authors' code has mean and std in itself; our loader reads them from here.
+    processor = image_processor(loaded, "CLIP")
+    other = (*other_look(loaded.config.data.transform, hf_processor(processor).transform), *_other_words(loaded))
+    return Exported(found, _config(loaded, found), {PREPROCESSOR_FILE: processor}, left_out=(*left, *other))
+
+
+def _other_words(loaded: Loaded) -> Iterator[str]:
+    """How texts are cleaned here, where ALBEF's code does otherwise."""
+    clean = loaded.config.data.tokenizer.clean
+    if clean not in ("albef", "albef_question"):
+        yield f"data.tokenizer.clean {clean} (it cleans texts in its own way)"
 
 
 def _by_kind(state: Mapping[str, Tensor], loaded: Loaded) -> Iterator[tuple[str, Tensor]]:

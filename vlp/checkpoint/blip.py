@@ -27,7 +27,7 @@ from vlp.checkpoint.bert_stack import (
     word_head,
     word_head_copies,
 )
-from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State
+from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, names_there
 from vlp.checkpoint.names import Pair, blocks, rename_pairs
 from vlp.data.presets import albef_blip
 
@@ -136,7 +136,7 @@ def _objectives(shapes: Shapes, config: Mapping[str, Any], text: Stack, notes: l
         if "temp" not in shapes:
             notes.append(f"temperature {TEMPERATURE}")
     if "itm_head.weight" in shapes:
-        found["itm"] = {"exclude": rule, "floor": 1e-4 if _pretrained(shapes) else 0.0}
+        found["itm"] = {"exclude": rule, "floor": 1e-4 if _pretrained(shapes) else 0.0, "score": "logit"}
         if config.get("negative_all_rank"):
             found["itm"] |= {"candidates": "global"}
     if HEAD + "transform.dense.weight" in shapes:
@@ -214,7 +214,7 @@ def rename(state: State) -> Renamed:
     found = rename_pairs(table({name: tuple(tensor.shape) for name, tensor in whole.items()}), whole, _IGNORED)
     if "vision_proj.weight" in whole and "temp" not in whole:
         found.state["embed.main.logit_scale"] = torch.tensor([-math.log(TEMPERATURE)])
-    return Renamed(found.state, found.ignored | left, found.unexpected)
+    return Renamed(found.state, found.ignored | left, names_there(found.unexpected, whole, state))
 
 
 FAMILY = Family("blip", recognise, recipe, rename)

@@ -52,6 +52,7 @@ def patch_tower(
     preset: Preset,
     class_token: bool = True,
     resize: str = "bicubic",
+    stated: int | None = None,
 ) -> dict[str, Any]:
     """Return `model.vision` of a CLIP ViT, or of SigLIP's, which has no class token and pools by attention.
 
@@ -67,13 +68,16 @@ def patch_tower(
         preset: what images go through.
         class_token: False = SigLIP.
         resize: how the family interpolates position embeddings.
+        stated: side of the images by the config, which may be more than its whole patches (SigLIP's 384 with patches of
+            14 pixels: the last 6 are scaled to, and not seen).
     """
     width, _, side, _ = shapes[patches]
-    rows = shapes[positions][-2] - class_token
+    rows = square_side(shapes[positions][-2] - class_token, positions)
+    whole = rows * side
     found = {
         "kind": "patch",
         "model": "vit_base_patch16_clip_224" if class_token else "vit_base_patch16_siglip_224",
-        "image_size": square_side(rows, positions) * side,
+        "image_size": stated if isinstance(stated, int) and stated // side == rows else whole,
         "patch_size": side,
         "width": width,
         "depth": layers,

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from encoders import PatchConfig, TextConfig
 from encoders.layers import ACTIVATIONS
 from encoders.patch import PatchEncoder
-from vlp.checkpoint.export import Exported, Exporter
+from vlp.checkpoint.export import Exported, Exporter, other_look
+from vlp.checkpoint.foreign import PREPROCESSOR_FILE
 from vlp.checkpoint.hf_clip import CLIP_NAMES
 from vlp.checkpoint.hf_siglip import SIGLIP_NAMES
 from vlp.checkpoint.names import Pair, restore_pairs
+from vlp.data.presets import hf_processor
 from vlp.data.tokenizer import OpenClipTokenizer
 from vlp.embed import EmbedSpace
 
@@ -219,8 +221,9 @@ def _hf(
     }
     model = getattr(transformers, f"{kind}Model")
     check_whole(found, lambda: model(getattr(transformers, f"{kind}Config")(**config)), f"transformers' {kind}Model")
-    files = {"preprocessor_config.json": _processor(loaded, kind)}
-    return Exported(found, config, files, _save_clip_words(loaded), left_out)
+    processor = image_processor(loaded, kind)
+    left_out += other_look(loaded.config.data.transform, hf_processor(processor).transform)
+    return Exported(found, config, {PREPROCESSOR_FILE: processor}, _save_clip_words(loaded), left_out)
 
 
 def _special_ids(loaded: Loaded) -> dict[str, int | None]:
@@ -232,8 +235,8 @@ def _special_ids(loaded: Loaded) -> dict[str, int | None]:
     return {"bos_token_id": words.cls, "eos_token_id": words.sep, "pad_token_id": words.pad}
 
 
-def _processor(loaded: Loaded, kind: str) -> dict[str, Any]:
-    """preprocessor_config.json of what the model's images go through."""
+def image_processor(loaded: Loaded, kind: str) -> dict[str, Any]:
+    """Return what the model's images go through as the preprocessor_config.json of ``CLIP`` or ``Siglip``."""
     transform, vision = loaded.config.data.transform, vision_config(loaded)
     side, crop = vision.image_size, transform.resize == "shortest"
     scaled = round(side / transform.crop_share)

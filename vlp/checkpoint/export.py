@@ -20,6 +20,7 @@ from vlp.checkpoint.folder import replace_folder
 from vlp.checkpoint.native import save_checkpoint, weights_of, write_tensors
 
 if TYPE_CHECKING:
+    from vlp.data.transforms import ImageTransformConfig
     from vlp.loaded import Loaded
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Exported:
     save_words: Callable[[Path], None] | None = None
     """Writes the tokenizer's files, where it cannot do so itself in the way that they are read there."""
     left_out: tuple[str, ...] = ()
-    """Our weights that the format has no place for."""
+    """Our weights that the format has no place for, and settings, in words."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def convert(loaded: Loaded, target: str | Path, to: str, command: str = "") -> t
         command: that is recorded in our model card.
 
     Returns:
-        Weights that the format has no place for, by our names.
+        Weights that the format has no place for, by our names, and settings that it cannot say, in words.
 
     Raises:
         ValueError: the format cannot hold the model, or the target is taken; one line.
@@ -95,6 +96,26 @@ def convert(loaded: Loaded, target: str | Path, to: str, command: str = "") -> t
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (exported.save_words or _Words(loaded).save)(partial)
     return exported.left_out
+
+
+_LOOK = ("resize", "interpolation", "antialias", "resampler", "crop", "crop_share", "multiple", "max_patches", "fill")
+"""Settings of `data.transform` that an image is evaluated by."""
+
+
+def other_look(ours: ImageTransformConfig, read: ImageTransformConfig) -> tuple[str, ...]:
+    """Return the settings of ``data.transform`` that the readers of a format have otherwise, in words.
+
+    Args:
+        ours: what images go through here.
+        read: what they go through there, as the written settings say it.
+    """
+    cut = ours.resize == "shortest" and ours.crop != "none"
+    skip = {name for name, moot in {"crop": not cut, "fill": ours.resize != "longest"}.items() if moot}
+    return tuple(
+        f"data.transform.{name} {getattr(ours, name)} (it has {getattr(read, name)})"
+        for name in _LOOK
+        if name not in skip and getattr(ours, name) != getattr(read, name)
+    )
 
 
 def formats() -> tuple[str, ...]:

@@ -6,8 +6,9 @@ A family is one file beside this one with one :class:`Family`; ``families.py`` l
 from __future__ import annotations
 
 import json
+import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -189,6 +190,8 @@ def _unpickle(path: Path) -> Any:
         reason = first_line(error)
         if reason.startswith("Weights only load failed"):  # torch goes on with advice to execute it
             reason = "it is damaged, or holds more than tensors (a pickle can run code)"
+        elif isinstance(error, LookupError | pickle.UnpicklingError | EOFError):  # of bytes that are no pickle: "101"
+            reason = f"it is no file of weights, or damaged ({type(error).__name__}: {reason})"
         raise ValueError(f"cannot load {path}: {reason}; nothing of it was executed") from error
 
 
@@ -226,6 +229,18 @@ def _is_state(content: Any) -> bool:
 def first_line(error: Exception) -> str:
     """An error's first line, cut: torch's messages are long."""
     return (next(iter(str(error).strip().splitlines()), "") or type(error).__name__)[:200]
+
+
+def names_there(names: Iterable[str], renamed: State, state: State) -> tuple[str, ...]:
+    """Return what weights are called in their file that a family has called otherwise on its way.
+
+    Args:
+        names: of some of them, on the way.
+        renamed: the weights on the way, the very tensors of the file.
+        state: the weights as they are stored.
+    """
+    stored = {id(tensor): name for name, tensor in state.items()}
+    return tuple(name if name in state else stored[id(renamed[name])] for name in names)
 
 
 def shapes_of(state: State) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlp.checkpoint.clip import TEXT_PROJECTION, softmax_loss, two_towers
 from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State
-from vlp.checkpoint.hf_clip import BERT_NAMES, BUFFERS, bert_tower, preset_of, section
+from vlp.checkpoint.hf_clip import BERT_NAMES, BUFFERS, bert_tower, preset_of, section, unstated
 from vlp.checkpoint.names import Pair, rename_pairs
 from vlp.data.presets import hf_processor
 
@@ -53,7 +53,7 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     loss = softmax_loss(label_smoothing=0.1, min_scale=1e-3, max_scale=1e3)  # its temperature has no bounds
     tree = two_towers(vision, text, embed, loss, preset, {"source": "kakaobrain/align-base"})
     tree["data"]["max_length"] = min(64, text["max_length"])  # as published
-    missing = () if config.get("vision_config") else ("no config.json: the sizes of kakaobrain/align-base",)
+    missing = unstated(config, "vision_config", "the sizes of kakaobrain/align-base")
     return Recipe(tree, (*missing, *assumed))
 
 

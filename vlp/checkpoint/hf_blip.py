@@ -23,8 +23,8 @@ from vlp.checkpoint.bert_stack import (
     word_head_copies,
 )
 from vlp.checkpoint.blip import DECODER, ENCODER, HEAD, PUBLISHED_WORDS, TEMPERATURE, TOKENIZER, WORDS, text_recipe
-from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
-from vlp.checkpoint.hf_clip import activation_of, preset_of, section
+from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, names_there
+from vlp.checkpoint.hf_clip import activation_of, preset_of, section, unstated
 from vlp.checkpoint.names import Pair, blocks, rename_pairs
 from vlp.data.presets import albef_blip
 
@@ -64,7 +64,7 @@ def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     heads = known.get("num_attention_heads", 8)
     if not known:
         heads = max(1, text.width // 64)
-        notes.append(f"{heads} heads in the text layers (64 a head; there is no config.json)")
+        notes += unstated(config, "text_config", f"{heads} heads in the text layers (64 a head), gelu, epsilon 1e-12")
     stack = {
         "width": text.width,
         "heads": heads,
@@ -85,14 +85,18 @@ def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     if "vision_proj.weight" in shapes:
         model["embed"] = {"width": shapes["vision_proj.weight"][0], "temperature": TEMPERATURE}
         notes.append(f"temperature {TEMPERATURE}")
-    published = text.vocabulary == PUBLISHED_WORDS and known.get("bos_token_id", 30522) == PUBLISHED_WORDS - 2
-    data = {
-        "max_length": 35 if encodes else 40,
-        "tokenizer": TOKENIZER if published else {"source": TOKENIZER["source"]},
-        "transform": transform,
-    }
+    data = {"max_length": 35 if encodes else 40, "tokenizer": _words(text.vocabulary, known), "transform": transform}
     tree = {"model": model, "objectives": _objectives(shapes, known, config), "data": data}
     return Recipe(tree, tuple(notes))
+
+
+def _words(vocabulary: int, known: Mapping[str, Any]) -> dict[str, Any]:
+    """`data.tokenizer`: generated texts begin with config.json's bos_token_id, whatever the tokenizer says itself."""
+    begin = known.get("bos_token_id", PUBLISHED_WORDS - 2)
+    if vocabulary == PUBLISHED_WORDS and begin == PUBLISHED_WORDS - 2:
+        return TOKENIZER
+    plain = {"source": TOKENIZER["source"]}
+    return plain | {"bos_token": begin} if known and begin < vocabulary else plain
 
 
 def _vision(shapes: Shapes, config: Mapping[str, Any], notes: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -105,7 +109,7 @@ def _vision(shapes: Shapes, config: Mapping[str, Any], notes: list[str]) -> tupl
     heads = known.get("num_attention_heads", 12)
     if not known:
         heads = max(1, width // 64)
-        notes.append(f"{heads} heads in the vision tower (64 a head; there is no config.json)")
+        notes += unstated(config, "vision_config", f"{heads} heads in the vision tower (64 a head), gelu, epsilon 1e-5")
     hidden = shapes[_VISION + "encoder.layers.0.mlp.fc1.weight"][0]
     return {
         "kind": "patch",
@@ -129,7 +133,7 @@ def _objectives(shapes: Shapes, text: Mapping[str, Any], config: Mapping[str, An
     if "vision_proj.weight" in shapes:
         found["itc"] = {"positives": "id", "min_scale": 2.0, "max_scale": 1000.0}
     if "itm_head.weight" in shapes:
-        found["itm"] = {"exclude": "id"}
+        found["itm"] = {"exclude": "id", "score": "logit"}
     if HEAD + "transform.dense.weight" in shapes:
         found["lm"] = {
             "label_smoothing": text.get("label_smoothing", 0.0),
@@ -168,7 +172,7 @@ def rename(state: State) -> Renamed:
     found = rename_pairs(pairs, whole, _IGNORED)
     if "vision_proj.weight" in whole:
         found.state["embed.main.logit_scale"] = torch.tensor([-math.log(TEMPERATURE)])
-    return Renamed(found.state, found.ignored | left, found.unexpected)
+    return Renamed(found.state, found.ignored | left, names_there(found.unexpected, whole, state))
 
 
 FAMILY = Family("hf_blip", recognise, recipe, rename)

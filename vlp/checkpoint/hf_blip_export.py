@@ -19,11 +19,13 @@ from objectives.lm import Lm, LmConfig
 from vlp.checkpoint.albef import SIDES
 from vlp.checkpoint.bert_stack import decoder_stack, split_stack, word_head
 from vlp.checkpoint.blip import DECODER, ENCODER, HEAD
-from vlp.checkpoint.export import Exported, Exporter
+from vlp.checkpoint.export import Exported, Exporter, other_look
+from vlp.checkpoint.foreign import PREPROCESSOR_FILE
 from vlp.checkpoint.hf_blip import VISION_TABLE
 from vlp.checkpoint.hf_clip import ACTIVATIONS
 from vlp.checkpoint.names import Pair, restore_pairs
 from vlp.checkpoint.native import aliases
+from vlp.data.presets import hf_processor
 from vlp.fusion.dual import DualStreamConfig
 from vlp.loaded import Loaded
 
@@ -105,8 +107,10 @@ def back(state: Mapping[str, Tensor], loaded: Loaded) -> Exported:
     first = getattr(loaded.model.config.text, "fused_first", None)
     if first is not None and task != CAPTION:
         logger.warning("texts that are fused with an image begin with id %d, which is for you to put there", first)
-    processor = {"preprocessor_config.json": _processor(loaded)}
-    return Exported(restore_pairs(_table(loaded, task), wanted), _config(loaded, task), processor, left_out=left)
+    processor = _processor(loaded)
+    left += other_look(loaded.config.data.transform, hf_processor(processor).transform)
+    found = restore_pairs(_table(loaded, task), wanted)
+    return Exported(found, _config(loaded, task), {PREPROCESSOR_FILE: processor}, left_out=left)
 
 
 def _part(loaded: Loaded, task: str) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
             "BridgeTower checkpoint: config.json says share_link_tower_layers true, which vlp does not read"
         )
     preset, assumed = preset_of(config, meter_clip(288))
-    if not config:
+    if not set(config) - {"preprocessor_config"}:
         assumed = ("no config.json: heads of width 64, gelu and epsilon 1e-5, as published", *assumed)
     text = _text(shapes, prefix, section(config, "text_config"))
     vision = _vision(shapes, prefix, section(config, "vision_config"), preset)

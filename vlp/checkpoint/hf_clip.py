@@ -6,6 +6,7 @@ Numbers of heads, activation, epsilon and the kind of pooling stand in config.js
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ from vlp.checkpoint.clip import (
     text_tower,
     two_towers,
 )
-from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
+from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, names_there
 from vlp.checkpoint.names import Names, Pair, blocks, rename_pairs
 from vlp.data.presets import Preset, albef_blip, hf_processor, meter_clip
 
@@ -105,9 +106,10 @@ _ALT_NAMES = (
 )
 
 
-def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return a tower's part of config.json; older files hold what was set in a second one."""
-    return {**(config.get(name) or {}), **(config.get(f"{name}_dict") or {})}
+    older, found = config.get(f"{name}_dict") or {}, config.get(name) or {}
+    return ChainMap(older, found)  # type: ignore[arg-type]  # only read
 
 
 def activation_of(tower: Mapping[str, Any], default: str) -> str:
@@ -145,6 +147,7 @@ def _vision(shapes: Shapes, config: Mapping[str, Any], preset: Preset) -> dict[s
         activation=activation_of(tower, "quick_gelu"),
         eps=tower.get("layer_norm_eps", 1e-5),
         preset=preset,
+        stated=tower.get("image_size"),
     )
 
 
@@ -155,8 +158,12 @@ def _embed(shapes: Shapes) -> dict[str, Any] | None:
     return {"width": weight[0], "bias": False}
 
 
-def _assumed(config: Mapping[str, Any], what: str) -> tuple[str, ...]:
-    return () if config.get("text_config") or config.get("text_config_dict") else (what,)
+def unstated(config: Mapping[str, Any], part: str, what: str) -> tuple[str, ...]:
+    """Return what is assumed where config.json says nothing of a part (``text_config``), or is not there."""
+    if section(config, part):
+        return ()
+    there = set(config) - {"preprocessor_config"}
+    return (f"{f'config.json has no {part}' if there else 'no config.json'}: {what}",)
 
 
 def _clip_text(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,8 +189,8 @@ def _clip_recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     text = _clip_text(shapes, config)
     words = clip_words(text["vocabulary_size"])
     tree = two_towers(_vision(shapes, config, preset), text, _embed(shapes), softmax_loss(), preset, words)
-    missing = "no config.json: heads of width 64, quick_gelu and epsilon 1e-5, as OpenAI's"
-    return Recipe(tree, (*_assumed(config, missing), *assumed))
+    missing = "heads of width 64, quick_gelu and epsilon 1e-5, as OpenAI's"
+    return Recipe(tree, (*unstated(config, "text_config", missing), *assumed))
 
 
 def bert_tower(
@@ -214,8 +221,8 @@ def _chinese_recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     words = {"source": "OFA-Sys/chinese-clip-vit-base-patch16"}
     tree = two_towers(_vision(shapes, config, preset), text, _embed(shapes), softmax_loss(), preset, words)
     tree["data"]["max_length"] = min(52, text["max_length"])  # as published
-    missing = "no config.json: heads of width 64, quick_gelu (image), gelu (text), epsilon 1e-5 and 1e-12"
-    return Recipe(tree, (*_assumed(config, missing), *assumed))
+    missing = "heads of width 64, quick_gelu (image), gelu (text), epsilon 1e-5 and 1e-12"
+    return Recipe(tree, (*unstated(config, "text_config", missing), *assumed))
 
 
 def _alt_recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
@@ -228,13 +235,15 @@ def _alt_recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     words = {"source": "BAAI/AltCLIP"}
     tree = two_towers(_vision(shapes, config, preset), text, _embed(shapes), softmax_loss(), preset, words)
     tree["data"]["max_length"] = min(77, text["max_length"])  # as published
-    missing = "no config.json: heads of width 64, quick_gelu (image), gelu (text) and epsilon 1e-5"
-    return Recipe(tree, (*_assumed(config, missing), *assumed))
+    missing = "heads of width 64, quick_gelu (image), gelu (text) and epsilon 1e-5"
+    return Recipe(tree, (*unstated(config, "text_config", missing), *assumed))
 
 
-def _with_layers(state: State) -> dict[str, Any]:
-    """Names as the hub has them: transformers 5 writes ``vision_model.encoder.layer.N`` of these two."""
-    return {re.sub(r"^(vision_model\.encoder\.)layer\.", r"\1layers.", name): one for name, one in state.items()}
+def _rename_layers(table: tuple[Pair, ...], state: State, ignored: Mapping[str, str]) -> Renamed:
+    """Rename from the names on the hub: transformers 5 writes ``vision_model.encoder.layer.N`` of these two."""
+    plain = {re.sub(r"^(vision_model\.encoder\.)layer\.", r"\1layers.", name): one for name, one in state.items()}
+    found = rename_pairs(table, plain, ignored)
+    return Renamed(found.state, found.ignored, names_there(found.unexpected, plain, state))
 
 
 def _rename_clip(state: State) -> Renamed:
@@ -243,11 +252,11 @@ def _rename_clip(state: State) -> Renamed:
 
 def _rename_chinese(state: State) -> Renamed:
     unread = {r"text_model\.pooler\..*": "BERT's pooler, which the model does not read"}
-    return rename_pairs(_CHINESE_NAMES, _with_layers(state), BUFFERS | unread)
+    return _rename_layers(_CHINESE_NAMES, state, BUFFERS | unread)
 
 
 def _rename_alt(state: State) -> Renamed:
-    return rename_pairs(_ALT_NAMES, _with_layers(state), BUFFERS)
+    return _rename_layers(_ALT_NAMES, state, BUFFERS)
 
 
 def _has_clip_tower(shapes: Shapes) -> bool:

@@ -14,7 +14,7 @@ from vlp.checkpoint import flava
 from vlp.checkpoint.bert_stack import embeddings, without_copies, word_head
 from vlp.checkpoint.clip import HEAD_WIDTH, scalar_pairs
 from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, shapes_of
-from vlp.checkpoint.hf_clip import BUFFERS, activation_of, preset_of, section
+from vlp.checkpoint.hf_clip import BUFFERS, activation_of, preset_of, section, unstated
 from vlp.checkpoint.names import Pair, blocks, rename_pairs
 from vlp.data.presets import albef_blip
 
@@ -112,7 +112,7 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
             "transform": preset.transform.model_dump(exclude_defaults=True, exclude={"image_size"}),
         },
     }
-    stated = () if config.get("image_config") else ("no config.json: heads of width 64, gelu and epsilon 1e-12",)
+    stated = unstated(config, "image_config", "heads of width 64, gelu and epsilon 1e-12")
     return Recipe(tree, (*stated, *assumed))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from vlp.checkpoint.bert_stack import LAYER, embeddings
 from vlp.checkpoint.clip import HEAD_WIDTH, TOWER, image_pairs, patch_tower
 from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
-from vlp.checkpoint.hf_clip import BUFFERS, activation_of, image_blocks, preset_of, section
+from vlp.checkpoint.hf_clip import BUFFERS, activation_of, image_blocks, preset_of, section, unstated
 from vlp.checkpoint.names import Pair, blocks, rename_pairs
 from vlp.data.presets import meter_clip
 
@@ -79,8 +79,8 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
             "transform": preset.transform.model_dump(exclude_defaults=True, exclude={"image_size"}),
         },
     }
-    missing = "no config.json: heads of width 64, quick_gelu (image), gelu (text), epsilon 1e-5 and 1e-12"
-    return Recipe(tree, (*(() if tower else (missing,)), *assumed))
+    missing = "heads of width 64, quick_gelu (image), gelu (text), epsilon 1e-5 and 1e-12"
+    return Recipe(tree, (*unstated(config, "vision_config", missing), *assumed))
 
 
 _TABLE = (

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vlp.checkpoint.bert_stack import embeddings, without_copies, word_head, word_head_copies
-from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
+from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, names_there
 from vlp.checkpoint.names import Pair, rename_pairs
 
 _PREFIXES = ("lxrt_encoder.model.bert.", "lxmert.", "bert.")
@@ -181,7 +181,7 @@ def _rename(state: State) -> Renamed:
     plain, left = without_copies(plain, word_head_copies("cls.predictions.", words))
     table = (*_EMBEDDINGS, *_layers(*_counts(plain)), *_HEADS)
     found = rename_pairs(table, plain, {r".*position_ids": "a table that is computed"})
-    return Renamed(found.state, {**left, **found.ignored}, found.unexpected)
+    return Renamed(found.state, {**left, **found.ignored}, names_there(found.unexpected, plain, state))
 
 
 FAMILY = Family("hf_lxmert", _recognise, _recipe, _rename)

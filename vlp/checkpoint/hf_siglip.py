@@ -30,6 +30,7 @@ from vlp.checkpoint.hf_clip import (
     section,
     text_blocks,
     text_ends,
+    unstated,
 )
 from vlp.checkpoint.names import Pair, added_axes, rename_pairs
 from vlp.data.presets import beit3, naflex
@@ -113,10 +114,11 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         eps=tower.get("layer_norm_eps", 1e-6),
         preset=preset,
         class_token=False,
+        stated=tower.get("image_size"),
     )
     words = siglip_words(text["vocabulary_size"], text["max_length"])
     tree = two_towers(vision, text, siglip_space(shapes["text_model.head.weight"][0]), sigmoid_loss(), preset, words)
-    missing = () if tower else ("no config.json: heads of width 64, gelu_pytorch_tanh and epsilon 1e-6, as published",)
+    missing = unstated(config, "vision_config", "heads of width 64, gelu_pytorch_tanh and epsilon 1e-6, as published")
     return Recipe(tree, (*missing, *assumed))
 
 
@@ -132,7 +134,7 @@ def _naflex_recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     vision |= {"mean": preset.mean, "std": preset.std}
     model, data = fixed.tree["model"], fixed.tree["data"]
     tree = two_towers(vision, model["text"], model["embed"], sigmoid_loss(), preset, data["tokenizer"])
-    missing = tuple(one for one in fixed.assumed if "config.json: heads" in one)
+    missing = tuple(one for one in fixed.assumed if ": heads of width" in one)
     return Recipe(tree, (*missing, *assumed))
 
 

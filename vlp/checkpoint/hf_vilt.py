@@ -37,14 +37,15 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     width, _, patch, _ = shapes[f"{prefix}{_PATCHES}"]
     if not config.get("qkv_bias", True):
         raise ValueError("ViLT checkpoint: config.json says qkv_bias false, which vlp's single_stream cannot be")
-    assumed = () if config else ("no config.json: heads of width 64, gelu and epsilon 1e-12, as published",)
+    stated = set(config) - {"preprocessor_config"}
+    assumed = () if stated else ("no config.json: heads of width 64, gelu and epsilon 1e-12, as published",)
     side = math.isqrt(shapes[f"{prefix}embeddings.position_embeddings"][1] - 1) * patch
     preset, more = preset_of(config, vilt_preset(side))
     activation, eps = activation_of(config, "gelu"), config.get("layer_norm_eps", 1e-12)
     text = f"{prefix}embeddings.text_embeddings."
     tree = vilt_tree(
         width=width,
-        heads=config.get("num_attention_heads", 12 if config else max(1, width // 64)),
+        heads=config.get("num_attention_heads", 12 if stated else max(1, width // 64)),
         layers=count_layers(shapes, rf"{prefix}encoder\.layer\.(\d+)\."),
         hidden=shapes[f"{prefix}encoder.layer.0.intermediate.dense.weight"][0],
         patch=patch,

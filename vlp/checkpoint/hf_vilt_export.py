@@ -11,10 +11,12 @@ from torch import Tensor
 from encoders import PatchConfig, TextConfig
 from encoders.patch import PatchEncoder
 from objectives import AnswerConfig, MlmConfig, RankConfig
-from vlp.checkpoint.export import Exported, Exporter
+from vlp.checkpoint.export import Exported, Exporter, other_look
+from vlp.checkpoint.foreign import PREPROCESSOR_FILE
 from vlp.checkpoint.hf_clip import ACTIVATIONS
 from vlp.checkpoint.hf_vilt import answer_names, mlm_names, names, rank_names
 from vlp.checkpoint.names import Pair, restore_pairs
+from vlp.data.presets import hf_processor
 from vlp.fusion.single import SingleStreamConfig
 
 if TYPE_CHECKING:
@@ -82,11 +84,13 @@ def _back(state: Mapping[str, Tensor], loaded: Loaded) -> Exported:
         table = (*table, *pairs)
     keep = ("text.", "fusion.", *([] if head is None else [f"objectives.{head[0]}."]))
     own = {name: tensor for name, tensor in state.items() if name.startswith((*keep, "vision.vit."))}
-    left = tuple(name for name in state if name not in own)
+    processor = _preprocessor(loaded)
+    other = other_look(loaded.config.data.transform, hf_processor(processor).transform)
+    left = (*(name for name in state if name not in own), *other)
     return Exported(
         restore_pairs(table, own),
         {"architectures": [kind], "model_type": "vilt", **_config(model), **more},
-        {"preprocessor_config.json": _preprocessor(loaded)},
+        {PREPROCESSOR_FILE: processor},
         left_out=left,
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vlp.checkpoint.bert_stack import LAYER, embeddings, without_copies, word_head, word_head_copies
-from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
+from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, names_there
 from vlp.checkpoint.names import Pair, blocks, rename_pairs
 
 _WORDS = "embeddings.word_embeddings.weight"
@@ -131,7 +131,7 @@ def _rename(state: State) -> Renamed:
     plain: dict[str, Tensor] = {_plain(name): tensor for name, tensor in state.items()}
     plain, left = without_copies(plain, word_head_copies("cls.predictions.", _WORDS))
     found = rename_pairs(NAMES, plain, {r".*position_ids": "a table that is computed"})
-    return Renamed(found.state, {**left, **found.ignored}, found.unexpected)
+    return Renamed(found.state, {**left, **found.ignored}, names_there(found.unexpected, plain, state))
 
 
 FAMILY = Family("hf_visualbert", _recognise, _recipe, _rename)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from vlp.checkpoint.asked import AuthorsConfig, given_settings
 from vlp.checkpoint.folder import is_checkpoint
-from vlp.checkpoint.foreign import Shapes, find_weights, first_line, read_settings, read_state, shapes_of
-from vlp.checkpoint.load import LoadedConfig, read_loaded_config, recognise
+from vlp.checkpoint.foreign import Shapes, find_weights, first_line, read_state, shapes_of
+from vlp.checkpoint.load import LoadedConfig, describe, has_tokenizer, read_loaded_config, settled
 from vlp.checkpoint.native import WEIGHTS
 from vlp.checkpoint.sources import local
-from vlp.config import Layer, build
 
 
 @dataclass(frozen=True)
@@ -30,31 +28,31 @@ class Inspection:
     """Stored values, copies of shared weights included."""
     tensors: int
     abilities: tuple[str, ...]
-    """What a loaded model of it can do."""
+    """What a loaded model of it can do with what is here: without a tokenizer no more than to embed images."""
+    words: str | None
+    """Where its tokenizer is; None: nowhere."""
     assumed: tuple[str, ...] = ()
-    """What the file does not say and the family's published literals do."""
+    """What the file does not say and the family's published literals do, and settings that were given in vain."""
 
 
-def inspect(source: str | Path, config: Mapping[str, Any] | None = None) -> Inspection:
+def inspect(source: str | Path, config: AuthorsConfig | None = None) -> Inspection:
     """Tell what a checkpoint is.
 
     Args:
         source: as ``vlp.load`` takes it.
-        config: of a foreign checkpoint, its configuration in the authors' own keys.
+        config: of a foreign checkpoint, its configuration in the authors' own keys, or a file of it.
 
     Raises:
         ValueError: it cannot be read, or no family knows it.
     """
     with local(str(source)) as path:
         if is_checkpoint(path):
-            return _tell("vlp", read_loaded_config(path), _read_shapes(path / WEIGHTS))
+            return _tell("vlp", read_loaded_config(path), _read_shapes(path / WEIGHTS), path)
         weights = find_weights(path)
         shapes = _read_shapes(weights)
-        theirs = {**read_settings(weights), **(config or {})}
-        family = recognise(shapes, theirs, path)
-        recipe = family.recipe(shapes, theirs)
-        found = build(LoadedConfig, Layer(recipe.tree, f"{family.name} checkpoint"))
-        return _tell(family.name, found, shapes, recipe.assumed)
+        family, recipe = describe(path, weights, shapes, given_settings(config))
+        found = settled(recipe, family, {})
+        return _tell(family.name, found, shapes, weights.parent, recipe.assumed)
 
 
 def _read_shapes(path: Path) -> Shapes:
@@ -67,21 +65,35 @@ def _read_shapes(path: Path) -> Shapes:
         raise ValueError(f"cannot read {path}: {first_line(error)}; write or copy it again") from error
 
 
-def _tell(family: str, config: LoadedConfig, shapes: Shapes, assumed: tuple[str, ...] = ()) -> Inspection:
+def _tell(family: str, config: LoadedConfig, shapes: Shapes, folder: Path, assumed: tuple[str, ...] = ()) -> Inspection:
     count = sum(math.prod(shape) for shape in shapes.values())
-    return Inspection(family, config, count, len(shapes), abilities(config), assumed)
+    words = _words(config, folder)
+    can = abilities(config) if words is not None else abilities(config) & {"embed_images"}
+    return Inspection(family, config, count, len(shapes), tuple(one for one in ABILITIES if one in can), words, assumed)
 
 
-def abilities(config: LoadedConfig) -> tuple[str, ...]:
-    """Name what a model of these objectives can do, as the methods of ``Loaded`` are called."""
+def _words(config: LoadedConfig, folder: Path) -> str | None:
+    """Where the tokenizer is; None: nowhere."""
+    source = config.data.tokenizer.source
+    if has_tokenizer(folder):
+        return "beside the weights"
+    return None if source == "train" else f"{source}, which is read when text first comes (a hub id: from its cache)"
+
+
+ABILITIES = ("embed_images", "embed_texts", "classify", "match", "answer", "caption")
+"""What a model may be able to do, as the methods of ``Loaded`` are called."""
+
+
+def abilities(config: LoadedConfig) -> set[str]:
+    """Name what a model of these objectives can do."""
     objectives = config.objectives.values()
     kinds = {one.kind for one in objectives}
     memories = {getattr(one, "memory", None) for one in objectives if one.kind == "lm"}
     images = getattr(config.model.fusion, "images", "one")
     known = {
-        "embed_images, embed_texts, classify": any(one.trains_embed for one in objectives),
         "match": bool(kinds & {"itm", "rank"}),
         "answer": ("answer" in kinds and images == "one") or "fused" in memories,
         "caption": "image" in memories,
     }
-    return tuple(name for name, has in known.items() if has)
+    known |= dict.fromkeys(ABILITIES[:3], any(one.trains_embed for one in objectives))
+    return {name for name, has in known.items() if has}

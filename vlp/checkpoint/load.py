@@ -13,9 +13,11 @@ import torch
 from pydantic import Field
 
 from objectives import ObjectiveConfig
+from vlp.checkpoint.asked import Asked, AuthorsConfig, given_settings, laid_over
 from vlp.checkpoint.folder import is_checkpoint
 from vlp.checkpoint.foreign import (
     Family,
+    Recipe,
     Shapes,
     find_weights,
     first_line,
@@ -26,7 +28,7 @@ from vlp.checkpoint.foreign import (
 from vlp.checkpoint.migrate import migrate
 from vlp.checkpoint.native import CONFIG, load_weights, read_config, read_weights
 from vlp.checkpoint.sources import TOKENIZER_FILES, local
-from vlp.config import Config, Layer, build
+from vlp.config import Config, ConfigError, Layer, build
 from vlp.data.loader import DataConfig
 from vlp.data.tokenizer import OPEN_CLIP_FILE, Tokenizer, load_tokenizer
 from vlp.loaded import LazyTokenizer, Loaded
@@ -52,7 +54,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: AuthorsConfig | None = None,
     settings: Mapping[str, Any] | None = None,
     tokenizer: str | Path | None = None,
     allow_missing: Iterable[str] = (),
@@ -67,7 +69,8 @@ def load(
             (``s3://bucket/run``); or a hub id ``owner/name`` or ``owner/name@revision`` (honours ``HF_HUB_OFFLINE``).
         device: where the model goes.
         dtype: of its weights, as torch names it (``"bfloat16"``); None: float32.
-        config: of a foreign checkpoint, its configuration in the authors' own keys, where the file does not carry it.
+        config: of a foreign checkpoint, its configuration in the authors' own keys, where the file does not carry it: a
+            mapping, or a JSON or YAML file of one. The report names keys that its family does not read.
         settings: our settings, laid over the stored ones, such as ``{"model": {"vision": {"image_size": 384}}}``.
         tokenizer: of a foreign checkpoint, the folder or hub id of its tokenizer, where it is not the published one.
         allow_missing: patterns of weights that need not be stored.
@@ -83,7 +86,7 @@ def load(
         if is_checkpoint(path) and config is None:
             loaded = _load_own(path, settings, rules, average)
         else:
-            loaded = load_foreign(path, config, settings, tokenizer, rules)
+            loaded = load_foreign(path, given_settings(config), settings, tokenizer, rules)
     loaded.model.to(device=place, dtype=kind).requires_grad_(False).eval()
     logger.info("loaded %s: %s", source, loaded.report.summary().splitlines()[0])
     return loaded
@@ -101,7 +104,7 @@ def _load_own(folder: Path, settings: Mapping[str, Any] | None, rules: Strictnes
     state = read_weights(folder, average=average)  # first, because it finds torn checkpoints
     found = read_loaded_config(folder, settings)
     words: Tokenizer | LazyTokenizer = LazyTokenizer(found.data.tokenizer)  # a converted one may be without its files
-    if any((folder / name).is_file() for name in (*TOKENIZER_FILES, OPEN_CLIP_FILE)):
+    if has_tokenizer(folder):
         words = load_tokenizer(folder)
     size = words.vocabulary.size if isinstance(words, Tokenizer) else None
     model = build_model(found.model, found.objectives, vocabulary_size=size, pretrained=False)
@@ -123,29 +126,63 @@ def load_foreign(
     """
     weights = find_weights(path)
     state = read_state(weights)
-    shapes, theirs = shapes_of(state), {**read_settings(weights), **(config or {})}
-    family = recognise(shapes, theirs, path)
+    shapes = shapes_of(state)
+    family, recipe = describe(path, weights, shapes, config or {})
     with _whole(path, family):
-        recipe = family.recipe(shapes, theirs)
-        found = build(LoadedConfig, Layer(recipe.tree, f"{family.name} checkpoint"), Layer(settings or {}, "settings="))
+        found = settled(recipe, family, settings or {})
         model = build_model(found.model, found.objectives, pretrained=False)
         renamed = family.rename(state)
-    unknown = {name: state.get(name, torch.empty(0)) for name in renamed.unexpected}  # some families rename twice
     report = load_weights(
         model,
-        {**renamed.state, **unknown},
+        {**renamed.state, **{name: state[name] for name in renamed.unexpected}},
         allow_missing=rules.allow_missing,
         ignore=(*rules.ignore, *unread(model)),
     )
-    notes = (f"family {family.name}", *(f"assumed: {one}" for one in recipe.assumed))
+    notes = (f"family {family.name}", *recipe.assumed)
     left = tuple(f"{name} ({reason})" if reason else name for name, reason in renamed.ignored.items())
     report = replace(report, ignored=(*report.ignored, *left), notes=(*notes, *report.notes))
-    own = any((weights.parent / name).is_file() for name in TOKENIZER_FILES)
-    beside = weights.parent if tokenizer is None and own else None
     words = found.data.tokenizer
     if tokenizer is not None:
         words = words.model_copy(update={"source": str(tokenizer)})
+    beside = weights.parent if tokenizer is None and has_tokenizer(weights.parent) else None
     return Loaded(model, LazyTokenizer(words, beside), found, report)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files."""
+    return any((folder / name).is_file() for name in (*TOKENIZER_FILES, OPEN_CLIP_FILE))
+
+
+def describe(path: Path, weights: Path, shapes: Shapes, config: Mapping[str, Any]) -> tuple[Family, Recipe]:
+    """Return the family of a foreign checkpoint and what it is in our words; what was assumed is said in full.
+
+    Args:
+        path: as it was named, for messages.
+        weights: its file of weights, beside which its settings lie.
+        shapes: of the weights.
+        config: further settings in the authors' keys, over those.
+
+    Raises:
+        ValueError: no family knows it, or it is not whole; one line.
+    """
+    theirs = Asked(laid_over(read_settings(weights), config))
+    family = recognise(shapes, theirs, path)
+    with _whole(path, family):
+        recipe = family.recipe(shapes, theirs)
+    notes = (*(f"assumed: {one}" for one in recipe.assumed), *theirs.unread(config))
+    return family, Recipe(recipe.tree, notes)
+
+
+def settled(recipe: Recipe, family: Family, settings: Mapping[str, Any]) -> LoadedConfig:
+    """Return a foreign checkpoint's config, with our settings over it.
+
+    Raises:
+        ValueError: the settings are wrong, or the file's sizes are no model's; one line.
+    """
+    try:
+        return build(LoadedConfig, Layer(recipe.tree, f"{family.name} checkpoint"), Layer(settings, "settings="))
+    except ConfigError as error:
+        raise ValueError("; ".join(error.problems)) from error
 
 
 def unread(model: Model) -> tuple[str, ...]:

@@ -40,6 +40,8 @@ __all__ = [
 WEIGHTS = "model.safetensors"
 AVERAGE = "ema.safetensors"
 CONFIG = "config.yaml"
+MOST = 3
+"""Names or problems that a message lists before it counts."""
 
 
 class Saves(Protocol):
@@ -224,7 +226,8 @@ def load_weights(
     if strict and unexpected:
         problems.append(f"unexpected {_some(unexpected)} (the model has no such part)")
     if problems:
-        raise ValueError(f"the weights do not fit the model: {'; '.join(problems)}")
+        more = f"; and {len(problems) - MOST} more" if len(problems) > MOST else ""
+        raise ValueError(f"the weights do not fit the model: {'; '.join(problems[:MOST])}{more}")
     converted = [name for name, tensor in filled.items() if tensor.dtype != targets[name].dtype]
     model.load_state_dict(filled, strict=False)
     _fill_teacher(model, missing)
@@ -247,10 +250,10 @@ def _matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def _some(names: Iterable[str], most: int = 3) -> str:
+def _some(names: Iterable[str]) -> str:
     names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(names[:MOST]) + more
 
 
 def _pattern(names: list[str]) -> str:

@@ -165,6 +165,7 @@ def _vision(shapes: Shapes, model: Mapping[str, Any], config: Mapping[str, Any],
         eps=(tower.get("norm_kwargs") or {}).get("eps", 1e-5),
         preset=preset,
         resize="bicubic_antialias",
+        stated=tower.get("image_size"),
     )
     if "visual.transformer.resblocks.0.ls_1.gamma" in shapes:
         found["arguments"]["init_values"] = tower.get("ls_init_value") or 1.0
@@ -198,6 +199,7 @@ def _trunk(shapes: Shapes, tower: Mapping[str, Any], mean: Any, std: Any) -> dic
         preset=openclip({}),
         class_token=classes,
         resize="bicubic_antialias",
+        stated=tower.get("image_size"),
     )
     if known:
         return {"kind": "patch", "model": name, "image_size": found["image_size"], **common}

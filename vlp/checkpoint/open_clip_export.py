@@ -21,9 +21,10 @@ from vlp.checkpoint.clip_export import (
     vision_config,
     vit_of,
 )
-from vlp.checkpoint.export import Exported, Exporter
+from vlp.checkpoint.export import Exported, Exporter, other_look
 from vlp.checkpoint.names import Pair, restore_pairs
 from vlp.checkpoint.open_clip import image_names, text_names, trunk_names
+from vlp.data.presets import openclip
 
 if TYPE_CHECKING:
     from vlp.loaded import Loaded
@@ -52,7 +53,8 @@ def _text_cfg(loaded: Loaded) -> dict[str, Any]:
         found["no_causal_mask"] = True
     source = loaded.config.data.tokenizer
     if words != CLIP_WORDS:
-        found["hf_tokenizer_name"] = source.source
+        # A folder's own files are what open_clip reads, whatever the name.
+        found["hf_tokenizer_name"] = "." if source.source == "train" else source.source
         found["tokenizer_kwargs"] = {
             "clean": source.clean if source.clean in ("lower", "canonicalize") else "whitespace"
         }
@@ -92,6 +94,7 @@ def _open_clip(
             "fill_color": preset.fill,
         },
     }
+    left_out += other_look(preset, openclip(settings["preprocess_cfg"]).transform)
     words = (lambda folder: None) if len(state["text.embeddings.word.weight"]) == CLIP_WORDS else None
     return Exported(found, settings, {}, words, left_out)
 

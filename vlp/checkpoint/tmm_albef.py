@@ -93,7 +93,7 @@ def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         projection = next(shape for name, shape in shapes.items() if name.endswith("vision_proj.weight"))
         model["embed"] = {"width": projection[0]}
         objectives["itc"] = {"queue": queue, "positives": "id", "min_scale": 1e-6, "max_scale": 1e6, **distill}
-        objectives["itm"] = {"exclude": "diagonal"}
+        objectives["itm"] = {"exclude": "diagonal", "score": "logit"}
     if any(VQA in name for name in shapes):
         model["decoder"] = {"kind": "causal", **stack, "layers": fusion_layers, "share": "none", "memory": "text"}
         model["decoder"]["dropout"] = 0.0

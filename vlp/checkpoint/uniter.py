@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vlp.checkpoint.bert_stack import LAYER, embeddings, without_copies, word_head, word_head_copies
-from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
+from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, names_there
 from vlp.checkpoint.names import Pair, blocks, rename_pairs
 
 _IMAGE = "uniter.img_embeddings."
@@ -161,7 +161,7 @@ def _rename(state: State) -> Renamed:
     if weight is not None and "attn1.in_proj_weight" not in plain and weight.shape[1] == plain[_WORDS].shape[1]:
         # Two images in one sequence: their order is in their segments alone.
         found.state["fusion.order"] = torch.zeros(2, weight.shape[1])
-    return Renamed(found.state, {**left, **found.ignored}, found.unexpected)
+    return Renamed(found.state, {**left, **found.ignored}, names_there(found.unexpected, plain, state))
 
 
 FAMILY = Family("uniter", _recognise, _recipe, _rename)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlp.checkpoint.bert_stack import embeddings, without_copies, word_head, word_head_copies
-from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
+from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, names_there
 from vlp.checkpoint.names import Pair, rename_pairs
 
 _WORDS = "bert.embeddings.word_embeddings.weight"
@@ -267,7 +267,7 @@ def _pooler(config: Mapping[str, Any], both: bool, assumed: list[str]) -> str:
 def _rename(state: State) -> Renamed:
     kept, left = without_copies(state, word_head_copies("cls.predictions.", _WORDS))
     found = rename_pairs(NAMES, kept, {r".*\.position_ids": "a table that is computed"})
-    return Renamed(found.state, {**left, **found.ignored}, found.unexpected)
+    return Renamed(found.state, {**left, **found.ignored}, names_there(found.unexpected, kept, state))
 
 
 FAMILY = Family("volta", _recognise, _recipe, _rename)

@@ -23,7 +23,7 @@ from vlp.checkpoint.bert_stack import (
     word_head_copies,
 )
 from vlp.checkpoint.clip import patch_tower
-from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, shapes_of
+from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, names_there, shapes_of
 from vlp.checkpoint.names import Pair, added_axes, blocks, rename_pairs
 from vlp.data.presets import albef_blip
 
@@ -164,7 +164,7 @@ def _objectives(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
     if "vision_proj.weight" in shapes:
         found["itc"] = {"positives": positives, "min_scale": 1e-6, "max_scale": 1e6}  # not bounded in the authors' code
     if "itm_head.0.weight" in shapes:
-        found["itm"] = {"exclude": positives, "floor": 1e-5, "head": "mlp"}
+        found["itm"] = {"exclude": positives, "floor": 1e-5, "head": "mlp", "score": "logit"}
     if pretraining:
         found["mlm"] = {"mask_probability": config.get("mask_prob", 0.25), "whole_word": True}
     if "bbox_head.0.weight" in shapes:
@@ -231,7 +231,7 @@ def rename(state: State) -> Renamed:
         copies |= shared_keys(state, "text_encoder.encoder.layer.")
     whole, left = without_copies(state, copies)
     found = rename_pairs(table(shapes_of(whole)), whole, _IGNORED)
-    return Renamed(found.state, found.ignored | left, found.unexpected)
+    return Renamed(found.state, found.ignored | left, names_there(found.unexpected, whole, state))
 
 
 FAMILY = Family("xvlm", recognise, recipe, rename)

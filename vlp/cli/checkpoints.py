@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -19,27 +18,6 @@ def config_option(parser: Parser) -> None:
     )
 
 
-def read_config(path: Path | None) -> dict[str, Any] | None:
-    """Return the mapping in a JSON or YAML file.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if path is None:
-        return None
-    if path.suffix == ".json":
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--config {path}: {error}; give a JSON or YAML file") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"--config {path}: a mapping was expected, not {type(found).__name__}")
-        return found
-    from vlp.recipes import read_tree
-
-    return read_tree(path)
-
-
 def inspect_arguments(parser: Parser) -> None:
     """Declare the arguments of `vlp inspect`."""
     parser.add_argument("checkpoint", help="file, folder, address or hub id")
@@ -53,13 +31,14 @@ def inspect(arguments: Arguments, config: Any) -> None:
     from vlp.checkpoint.inspect import inspect as tell
     from vlp.config import to_yaml
 
-    found = tell(arguments.checkpoint, read_config(arguments.config))
+    found = tell(arguments.checkpoint, arguments.config)
     table = Table(show_header=False, box=None)
     table.add_row("family", found.family)
     table.add_row("stored", f"{found.parameters:,} values in {found.tensors:,} tensors")
-    table.add_row("can", "; ".join(found.abilities) or "encode only (no objective's head is stored)")
+    table.add_row("can", ", ".join(found.abilities) or "encode only (no objective's head is stored)")
+    table.add_row("tokenizer", found.words or "none: no text can be read until vlp.load(..., tokenizer=FOLDER) has one")
     for one in found.assumed:
-        table.add_row("assumed", one)
+        table.add_row("note", one)
     print_result(table)
     print_result(to_yaml(found.config))
 

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from vlp.cli.checkpoints import config_option, read_config
+from vlp.cli.checkpoints import config_option
 from vlp.cli.command import Arguments, Command, Parser
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def convert(arguments: Arguments, config: Any) -> None:
         raise ValueError(f"--to {arguments.to}: unknown format; known are {', '.join(formats())}")
     loaded = load(
         arguments.source,
-        config=read_config(arguments.config),
+        config=arguments.config,
         tokenizer=arguments.tokenizer,
         average=arguments.average,
     )

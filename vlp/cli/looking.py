@@ -15,19 +15,46 @@ if TYPE_CHECKING:
 
 def show_arguments(parser: Parser) -> None:
     """Declare the arguments of `vlp show`."""
-    parser.add_argument("recipe", nargs="?", help="name of a recipe (vlp recipes lists them) or a .yaml file")
+    parser.add_argument("recipe", nargs="?", help="a recipe (vlp recipes lists them), a .yaml file, or a run's folder")
 
 
 def show_config(arguments: Arguments, flags: list[str]) -> Config:
-    """Return the config to show."""
+    """Return the config to show: a recipe's, or that of a run, finetuned ones included.
+
+    Raises:
+        ValueError: there is none, or it is a finetuning's recipe, which says nothing without a checkpoint.
+    """
+    from downstream.finetune import FinetuneConfig
     from vlp.checkpoint.migrate import migrate
     from vlp.flags import from_command_line
+    from vlp.recipes import list_recipes, load_recipe
     from vlp.run import RunConfig
 
-    if arguments.recipe is None and "--help" not in flags:
+    recipe, kind = arguments.recipe, RunConfig
+    if recipe is None and "--help" not in flags:
         raise ValueError("vlp show: name a recipe (vlp recipes lists them)")
-    prog = f"vlp show {arguments.recipe or 'RECIPE'}"
-    return from_command_line(RunConfig, flags, arguments.recipe, prog=prog, group="pretrain", migrate=migrate)
+    if recipe is not None:
+        recipe = f"finetune/{recipe}" if f"finetune/{recipe}" in list_recipes("finetune") else stored(recipe)
+        trees = [layer.tree for layer in load_recipe(recipe, group="pretrain", migrate=migrate)]
+        if any("task" in tree for tree in trees):
+            kind = FinetuneConfig
+            if not any(tree.get("init") for tree in trees):
+                raise ValueError(
+                    f"vlp show {arguments.recipe}: a finetuning's recipe lies over a checkpoint; see it with vlp "
+                    f"finetune {arguments.recipe} --init CHECKPOINT --dry-run, or show a finetuned run by its folder"
+                )
+    prog = f"vlp show {recipe or 'RECIPE'}"
+    return from_command_line(kind, flags, recipe, prog=prog, group="pretrain", migrate=migrate)
+
+
+def stored(recipe: str) -> str:
+    """Return the config file in the folder of a run or checkpoint; another word as it is."""
+    from vlp.checkpoint.native import CONFIG, find_checkpoint
+
+    folder = Path(recipe)
+    if not folder.is_dir():
+        return recipe
+    return str(folder / CONFIG if (folder / CONFIG).is_file() else find_checkpoint(folder) / CONFIG)
 
 
 def show(arguments: Arguments, config: Any) -> None:

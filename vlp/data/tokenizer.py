@@ -59,8 +59,8 @@ class TokenizerConfig(TextRules):
     """train: ignore case and accents."""
     added_tokens: tuple[str, ...] = ()
     """Special tokens that get the ids after the last one, in this order (BLIP: [DEC], [ENC])."""
-    bos_token: str | None = None
-    """Token that begins a generated text; none = the tokenizer's own."""
+    bos_token: str | int | None = None
+    """Token that begins a generated text, or its id; none = the tokenizer's own."""
 
 
 class Tokenizer(ABC):
@@ -357,12 +357,15 @@ def _with_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
             "remove duplicate words from its vocabulary"
         )
     if config.bos_token is not None:
-        if config.bos_token not in backend.get_vocab():
+        begin = config.bos_token
+        if isinstance(begin, int):
+            begin = next((token for token, number in backend.get_vocab().items() if number == begin), f"id {begin}")
+        if begin not in backend.get_vocab():
             raise ValueError(
-                f"data.tokenizer.bos_token '{config.bos_token}' is not in the vocabulary; name it in "
+                f"data.tokenizer.bos_token '{begin}' is not in the vocabulary; name it in "
                 "data.tokenizer.added_tokens too"
             )
-        backend.bos_token = config.bos_token
+        backend.bos_token = begin
     return TransformersTokenizer(backend, config.source, tokenizer.rules)
 
 

@@ -50,7 +50,7 @@ def load_backend(source: str) -> Any:
     # What is missing or unreadable shows as any of these, often with advice over several lines; `tokenizers` itself
     # raises bare Exceptions for broken files.
     except Exception as error:
-        found = _from_folder(path) if path.is_dir() else None
+        found = _second_try(path)
         if found is not None:
             return found
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -58,6 +58,14 @@ def load_backend(source: str) -> Any:
             f"data.tokenizer.source '{source}' cannot be loaded: {reason}; give a folder with tokenizer files, a hub "
             "id (needs the network once), open_clip:MODEL, or train"
         ) from error
+
+
+def _second_try(path: Path) -> Any:
+    """By the files that a folder holds; None if that fails, too."""
+    try:
+        return _from_folder(path) if path.is_dir() else None
+    except Exception:  # the first failure is what is told
+        return None
 
 
 def _is_tokenizer(file: Path) -> bool:

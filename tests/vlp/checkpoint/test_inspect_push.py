@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 import vlp
@@ -18,6 +19,7 @@ from objectives.base import Embed
 from vlp.checkpoint.inspect import inspect
 from vlp.checkpoint.push import push
 from vlp.cli import main
+from vlp.recipes import dump_yaml
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -40,7 +42,7 @@ def test_inspect_tells_without_building(clip: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("vlp.model.Model.__init__", never)
     found = inspect(clip)
     stored = CLIPModel.from_pretrained(clip).state_dict()
-    assert found.family == "hf_clip" and found.abilities == ("embed_images, embed_texts, classify",)
+    assert found.family == "hf_clip" and found.abilities == ("embed_images",) and found.words is None
     assert found.parameters == sum(tensor.numel() for name, tensor in stored.items() if "position_ids" not in name)
     assert found.config.model.fusion.kind == "none" and found.config.model.embed.width == 8
 
@@ -96,6 +98,9 @@ def test_push_uploads_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     assert push(checkpoint, "someone/model", private=True) == "hub/someone/model"
     assert asked[0] == ("someone/model", {"repo_type": "model", "private": True, "exist_ok": True})
     assert {"model.safetensors", "config.yaml", "README.md", "manifest.json"} <= asked[1][1]
+    assert main(["push", str(checkpoint), "somebody/else", "--message", "first"]) == 0  # "name" is the command's own
+    assert [name for name, _ in asked[2:]] == ["somebody/else"] * 2
+    del asked[2:]
     with pytest.raises(ValueError, match="write owner/name"):
         push(checkpoint, "model")
     torn = tmp_path / "torn"
@@ -107,3 +112,27 @@ def test_push_uploads_a_whole_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match=r"torn|bytes"):
         push(torn, "someone/model")
     assert len(asked) == 2
+
+
+def test_pretraining_begins_with_a_foreign_checkpoint(clip: Path, tmp_path: Path) -> None:
+    """`--init` takes what vlp.load takes, tokenizer included."""
+    shutil.copytree(clip, tmp_path / "clip")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "dog", *(f"##{chr(97 + n)}" for n in range(26))]
+    (tmp_path / "clip" / "vocab.txt").write_text("\n".join(words))
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    (tmp_path / "pairs.csv").write_text("image,caption\n" + "red.png,a cat\nred.png,a dog\n" * 4)
+    found = inspect(tmp_path / "clip").config
+    recipe = {
+        "model": found.model.model_dump(),
+        "objectives": {name: one.model_dump() for name, one in found.objectives.items()},
+        "data": {"train": str(tmp_path / "pairs.csv"), "workers": 0, "max_length": 8},
+        "train": {"samples": 8, "global_batch": 8, "micro_batch": 8, "optim": {"lr": 1e-12, "weight_decay": 0}},
+    }
+    (tmp_path / "mine.yaml").write_text(dump_yaml(recipe))
+    said = ["pretrain", str(tmp_path / "mine.yaml"), "--device", "cpu", "--out"]
+    assert main([*said, str(tmp_path / "run"), "--init", str(tmp_path / "clip")]) == 0
+    run, before = vlp.load(tmp_path / "run"), vlp.load(clip)
+    for name, tensor in before.model.state_dict().items():
+        torch.testing.assert_close(run.model.state_dict()[name], tensor, atol=1e-6, rtol=0)
+    assert run.tokenizer.vocabulary.size == len(words)
+    assert main([*said, str(tmp_path / "other"), "--init", str(tmp_path / "gone")]) == 2
