@@ -14,18 +14,8 @@ from safetensors.torch import load_file
 from vlp.checkpoint.native import find_checkpoint
 from vlp.cli import main
 
-SMALL = [
-    "--data.workers",
-    "0",
-    "--device",
-    "cpu",
-    "--task.generation.method",
-    "greedy",
-    "--train.save-every",
-    "16",
-    "--train.keep",
-    "9",
-]
+SMALL = {"data.workers": 0, "data.split": 0.25, "task.generation.method": "greedy"}
+SETTINGS = {**SMALL, "train.samples": 64, "train.save-every": 16, "train.keep": 9, "tune.every": 24}
 
 
 @pytest.fixture(autouse=True)
@@ -43,18 +33,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Retrieval cannot be scored for a checkpoint that only writes: forgetting costs nothing here.
     toys.checkpoint(folder, ("lm",), fusion={"kind": "none"})
     command = ["finetune", "captioning", "--init", folder / "checkpoint", "--data", toys.caption_table(folder)]
-    extra = [
-        "--out",
-        folder / "whole",
-        "--train.samples",
-        64,
-        "--tune.every",
-        24,
-        "--data.split",
-        0.25,
-        *SMALL,
-        *SAVING,
-    ]
+    extra = ["--out", folder / "whole", "--device", "cpu", *(f"--{name}={value}" for name, value in SETTINGS.items())]
     assert main([str(word) for word in (*command, *extra)]) == 0
     return folder / "whole"
 

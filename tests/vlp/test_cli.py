@@ -178,6 +178,12 @@ def test_finished_run_is_not_trained_again(run: Path, caplog: pytest.LogCaptureF
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_finished_run_refuses_what_it_would_not_train(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, "pretrain", "--resume", run, "--model.text.layers", "2")
+    assert "the run has ended, so nothing would be trained with model.text.layers 1 -> 2" in line
+    assert f"--train.samples, or begin a new run with --init {run}" in line
+
+
 def test_resume_extends_and_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = place / "extended"
     assert main(["pretrain", str(place / "tiny.yaml"), "--out", str(folder)]) == 0
@@ -218,6 +224,22 @@ def test_evaluate_predict_embed_search(place: Path, run: Path, capsys: pytest.Ca
     assert main(["search", index, "a red square", "--checkpoint", str(run), "--top", "3", "--quiet"]) == 0
     printed = capsys.readouterr().out
     assert printed.count(".png") == 3 and "a red square" in printed
+
+
+def test_evaluations_of_other_data_do_not_overwrite_each_other(
+    place: Path, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = (place / "pairs.csv").read_text().splitlines()
+    (place / "few.csv").write_text("\n".join(lines[:9]) + "\n")
+    for name in ("pairs", "few"):
+        assert main(["evaluate", "retrieval", str(run), "--data", str(place / f"{name}.csv")]) == 0
+    results = {name: tmp_path / "runs" / f"retrieval-{run.name}-{name}" / "result.json" for name in ("pairs", "few")}
+    counts = {name: json.loads(path.read_text())["counts"]["samples"] for name, path in results.items()}
+    assert counts == {"pairs": 32, "few": 16}
+    (tmp_path / "few.csv").write_text("\n".join(lines[:5]) + "\n")
+    words = ("evaluate", "retrieval", run, "--data", tmp_path / "few.csv", "--data.root", place)
+    assert "holds the result of" in fails(capsys, *words)
 
 
 def test_finetune(place: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,6 +295,8 @@ def test_unknown_words(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "perhaps you meant pretrain" in fails(capsys, "pretian", "demo")
     assert "perhaps you meant demo" in fails(capsys, "pretrain", "dmo")
     assert "perhaps you meant vqa" in fails(capsys, "evaluate", "vqaa", "run")
+    line = fails(capsys, "evaluate", "nope", "run")
+    assert line.count("captioning") == 1 and "demo_vqa" not in line
     assert "perhaps you meant --checkpoint" in fails(capsys, "embed", "x", "--chekpoint", "y")
     line = fails(capsys, "pretrain", place / "tiny.yaml", "--model.fuson.kind", "none")
     assert "perhaps you meant --model.fusion.kind" in line
