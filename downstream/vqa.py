@@ -1,23 +1,25 @@
-"""Visual question answering: an answer from a list (ViLT, METER), or written by the decoder (ALBEF, BLIP).
+"""Visual question answering: an answer from a list (ViLT, METER), written, or ranked by the decoder (ALBEF, BLIP).
 
-Data: image, question, and the answers of one or several people in a field ``answer`` (one text), ``answers`` (a list of
-texts, or of the official ``{"answer": ...}``), or ``answer_scores`` (answer -> soft score). A csv cell holds JSON.
-Shapes: B questions, A answers.
+Data: image, question and answers as ``downstream.answers`` reads them; `vlp data convert` makes them of the official
+files of VQAv2, OK-VQA, GQA and Visual Genome.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
-from downstream.metrics.vqa import normalize_answer, soft_targets, vqa_accuracy
+from downstream.answering import Answerer, Head, answer_head, answer_writer
+from downstream.answers import WRITTEN, Truth, VqaPrepare, VqaSurvey, read_answer_list, read_truth, same_question
+from downstream.convert.files import object_in
+from downstream.metrics.gqa import GqaQuestion, gqa_metrics
+from downstream.metrics.vqa import normalize_answer
 from downstream.task import (
     EvalSample,
     R,
@@ -33,101 +35,47 @@ from downstream.task import (
     no_labels,
     read_samples,
 )
-from encoders.types import Batch
 from objectives import AnswerConfig, LmConfig, ObjectiveConfig
-from objectives.answer import Answer
-from objectives.base import Fuse
-from objectives.lm import Lm
 from vlp.config import build
-from vlp.data.batch import Example
 from vlp.data.fetch import Prepare
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
-from vlp.generate import GenerationConfig, generate_text
+from vlp.generate import GenerationConfig
 from vlp.model import Model
-from vlp.passes import memory_of
 
 if TYPE_CHECKING:
     from vlp.run import Parts, RunConfig
 
 logger = logging.getLogger(__name__)
 
-ANSWER_FIELDS = ("answers", "answer_scores", "answer")
 CARRIED = ("question_id", "question_type", "answer_type")
 """Fields that predictions carry on."""
-WRITTEN = "lm:answer"
-"""Text view of the answer that the decoder learns to write."""
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What people answered."""
+class Asked:
+    """What is known of a question that was answered."""
 
-    scores: Mapping[str, float]
-    """Soft target of each normalised answer, in 0..1; others are worth 0."""
-    answers: tuple[str, ...] = ()
-    """The annotators' answers; empty where only scores are given."""
-
-    def accuracy(self, prediction: str) -> float:
-        """Return the official VQA accuracy of a prediction, or its given score."""
-        if self.answers:
-            return vqa_accuracy(prediction, self.answers)
-        return self.scores.get(normalize_answer(prediction), 0.0)
-
-
-def read_truth(sample: Sample, name: str | None = None) -> Truth | None:
-    """Return the answers of a sample, from the field ``name`` or the first of ``ANSWER_FIELDS``; None without any.
-
-    Raises:
-        BadSample: the field holds something else.
-    """
-    names = (name,) if name else ANSWER_FIELDS
-    value = next((v for n in names if (v := sample.fields.get(n)) not in (None, "", [], {})), None)
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise BadSample(sample.key, f"answers {value[:40]!r} are not JSON: {error}") from error
-    if value is None:
-        return None
-    if isinstance(value, Mapping):
-        try:
-            return Truth({normalize_answer(str(answer)): float(score) for answer, score in value.items()})
-        except (TypeError, ValueError) as error:
-            raise BadSample(sample.key, f"answer scores must be numbers: {error}") from error
-    items = value if isinstance(value, list) else [value]
-    answers = tuple(str(item["answer"] if isinstance(item, Mapping) and "answer" in item else item) for item in items)
-    return Truth(soft_targets(answers), answers)
-
-
-@dataclass(frozen=True)
-class VqaSurvey:
-    """What answering blindly takes: the training answers, each question's answers weighing their soft scores."""
-
-    answers: tuple[str, ...]
-    """All of them, most frequent first."""
-    weights: tuple[float, ...]
-    """Of each, summed over questions."""
-    by_question: Mapping[str, str]
-    """Most frequent answer to each question text."""
-    samples: int
-
-    def blind(self, question: str) -> str:
-        """Return the most frequent answer to this text, or of all where the text is new."""
-        return self.by_question.get(same_question(question), self.answers[0])
-
-
-def same_question(question: str) -> str:
-    """Return what of a question decides whether it was asked before: its words, not case or space."""
-    return " ".join(question.lower().split())
+    truth: Truth
+    gqa: GqaQuestion | None
+    """Its facts (metric gqa)."""
 
 
 class VqaConfig(TaskConfig):
     """Answer questions about images."""
 
     kind: Literal["vqa"] = "vqa"
-    generative: bool = False
-    """Write the answer with the decoder, which reads the fused question, instead of choosing it from a list."""
+    head: Head | None = None
+    """Choose from a list (closed), let the decoder, which reads the fused question, write the answer (open), or rank a
+    list with it (ranked, trained as open). none = closed, or in evaluation what the model has."""
+    metric: Literal["vqa", "gqa"] = "vqa"
+    """The official VQA accuracy, of normalised answers; or GQA's metrics, of answers as they are."""
+    answer_file: str | None = None
+    """Answer list to choose from or to rank (a JSON list, or one a line); none = that of the training data."""
+    choices: str | None = None
+    """GQA's val_choices.json, which validity and plausibility ask for."""
+    k: int = Field(128, ge=1)
+    """Answers whose first word is likeliest, which are scored as a whole (ranked)."""
     answer: str | None = None
     """Field with the answers; none = `answers`, `answer_scores` or `answer`, the first that there is."""
     max_answers: int = Field(3129, ge=2)
@@ -137,7 +85,7 @@ class VqaConfig(TaskConfig):
     blank_images: bool = False
     """Also answer with the images blanked: what the model itself knows from the question alone. Doubles the time."""
     generation: GenerationConfig = Field(default_factory=lambda: build(GenerationConfig, {"max_length": 10}))
-    """How answers are written (generative)."""
+    """How answers are written (open)."""
 
     headline: ClassVar[str] = "accuracy"
 
@@ -161,12 +109,19 @@ class VqaConfig(TaskConfig):
         best = {question: _ranked(counts)[0] for question, counts in by_question.items()}
         return VqaSurvey(tuple(ranked), tuple(overall[answer] for answer in ranked), best, samples)
 
+    @property
+    def exact(self) -> bool:
+        """Whether answers are compared as they are."""
+        return self.metric == "gqa"
+
     def answer_list(self, survey: VqaSurvey) -> tuple[str, ...]:
-        """Return the training answers that the head may give, most frequent first.
+        """Return the answers that may be given: the file's, or those of the training data, most frequent first.
 
         Raises:
             ValueError: fewer than two are left.
         """
+        if self.answer_file is not None:
+            return read_answer_list(self.answer_file)
         chosen = [a for a, weight in zip(survey.answers, survey.weights, strict=True) if weight >= self.min_count]
         if len(chosen) < 2:
             raise ValueError(
@@ -178,7 +133,7 @@ class VqaConfig(TaskConfig):
     def adapt(self, run: R, pretrained: Mapping[str, ObjectiveConfig], survey: VqaSurvey) -> R:
         """Replace the pretraining objectives by an answer head or decoder; a fitting head of the checkpoint stays."""
         objectives, model = dict(run.objectives), run.model
-        if self.generative:
+        if self.head in ("open", "ranked"):
             lm = objectives.get("lm", LmConfig())
             objectives["lm"] = lm.model_copy(update={"memory": "fused", "view": WRITTEN})
             decoder = model.decoder or decoder_beside(model)
@@ -187,6 +142,8 @@ class VqaConfig(TaskConfig):
             answer = objectives.get("answer", pretrained.get("answer", AnswerConfig()))
             assert isinstance(answer, AnswerConfig)
             wanted = self.answer_list(survey)
+            if not self.exact:
+                wanted = tuple(dict.fromkeys(map(normalize_answer, wanted)))
             if not set(wanted) <= set(answer.answers):
                 if answer.answers:
                     logger.info(
@@ -200,58 +157,90 @@ class VqaConfig(TaskConfig):
         return run.model_copy(update={"model": model, "objectives": objectives})
 
     def prepare(self, run: RunConfig) -> Prepare:
-        """Return question and soft answer scores, or question and an answer drawn by its score (generative)."""
-        if self.generative:
-            return VqaPrepare(self.answer, None)
+        """Return question and soft answer scores, or question and an answer drawn by its score (open, ranked)."""
+        if self.head in ("open", "ranked"):
+            return VqaPrepare(self.answer, None, self.exact)
         answer = next(one for one in run.objectives.values() if isinstance(one, AnswerConfig))
-        return VqaPrepare(self.answer, {text: number for number, text in enumerate(answer.answers)})
+        return VqaPrepare(self.answer, {text: number for number, text in enumerate(answer.answers)}, self.exact)
 
     def lacks(self, model: Model) -> str | None:
         """Answering takes the answer head, or a decoder that reads the fused question."""
-        if _answer_head(model) is None and _answer_writer(model) is None:
-            return "an answer head (objective answer) or a decoder over fused questions (objective lm, memory fused)"
-        return None
+        listed, writes = answer_head(model) is not None, answer_writer(model) is not None
+        if {"closed": listed, "open": writes, "ranked": writes, None: listed or writes}[self.head]:
+            return None
+        head, writer = (
+            "an answer head (objective answer)",
+            "a decoder over fused questions (objective lm, memory fused)",
+        )
+        return {"closed": head, "open": writer, "ranked": writer, None: f"{head} or {writer}"}[self.head]
 
     def evaluate(self, parts: Parts, reader: Reader, survey: VqaSurvey | None = None) -> Result:
-        """Return the official VQA accuracy, by question and answer type where given, and the blind floors.
+        """Return the official VQA accuracy, by question and answer type where given, or GQA's metrics; and the floors.
 
         Floors: "majority" gives the most frequent training answer to every question; "question only" the most frequent
         training answer to the same question text, and the majority's where the text is new.
         """
         bad: dict[str, str] = {}
         samples = read_samples(reader, parts.run.data, bad, indices=range(len(reader))[my_share(len(reader))])
-        truths: list[Truth] = []
+        asked: list[Asked] = []
 
         def remember() -> Iterator[EvalSample]:
             for one, truth in self._labelled(samples, bad):
-                truths.append(truth)
+                asked.append(Asked(truth, gqa_question(one.sample, truth) if self.exact else None))
                 yield one
 
-        rows = gather(list(self._answers(parts, remember())))
-        truths, bad = gather(truths), gather_bad(bad)
+        rows = gather(list(self._answers(parts, remember(), self._candidates(survey))))
+        asked, bad = gather(asked), gather_bad(bad)
         if not rows:
             raise ValueError(no_labels("val", len(reader), bad))
-        for row, truth in zip(rows, truths, strict=True):
+        for row, one in zip(rows, asked, strict=True):
+            truth = one.truth
             row |= {"answers": list(truth.answers) or dict(truth.scores), "accuracy": truth.accuracy(row["answer"])}
         floors: dict[str, dict[str, float]] = {}
         if survey is not None:
-            floors["majority"] = self._score(rows, truths, lambda row: survey.answers[0])
-            floors["question only"] = self._score(rows, truths, lambda row: survey.blind(row["question"]))
+            floors["majority"] = self._score(rows, asked, [survey.answers[0]] * len(rows))
+            floors["question only"] = self._score(rows, asked, [survey.blind(row["question"]) for row in rows])
         if self.blank_images:
-            floors["blank images"] = self._score(rows, truths, lambda row: row["blank_answer"])
-        return Result(by_type(rows), floors, rows, bad, self._notes(parts.model, truths, survey))
+            floors["blank images"] = self._score(rows, asked, [row["blank_answer"] for row in rows])
+        metrics = self._score(rows, asked, [row["answer"] for row in rows])
+        return Result(metrics, floors, rows, bad, self._notes(parts.model, asked, metrics, survey))
 
     def predict(self, parts: Parts, reader: Reader) -> Iterator[dict[str, Any]]:
         """Yield key, question, answer and its probability for each question."""
         bad: dict[str, str] = {}
-        yield from self._answers(parts, read_samples(reader, parts.run.data, bad))
+        yield from self._answers(parts, read_samples(reader, parts.run.data, bad), self._candidates(None))
         for key, reason in bad.items():
             logger.warning("%s: no answer, %s", key, reason)
+
+    def submission(self, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the official format: VQAv2's question_id and answer, or GQA's questionId and prediction."""
+        lacking = next((row for row in predictions if "question_id" not in row), None)
+        if lacking is not None:
+            raise ValueError(
+                f"task vqa: question {lacking['key']} has no field question_id, by which a submission names it; "
+                "convert the official questions with vlp data convert"
+            )
+        if self.metric == "gqa":
+            return [{"questionId": str(row["question_id"]), "prediction": row["answer"]} for row in predictions]
+        return [{"question_id": _number(row["question_id"]), "answer": row["answer"]} for row in predictions]
+
+    def _candidates(self, survey: VqaSurvey | None) -> tuple[str, ...]:
+        """The answers to rank; none for another head."""
+        if self.head != "ranked":
+            return ()
+        if survey is not None:
+            return self.answer_list(survey)
+        if self.answer_file is None:
+            raise ValueError(
+                "task.head ranked ranks a list of answers; name it with --task.answer-file, or the training data with "
+                "--data.train"
+            )
+        return read_answer_list(self.answer_file)
 
     def _labelled(self, samples: Iterable[EvalSample], bad: dict[str, str]) -> Iterator[tuple[EvalSample, Truth]]:
         for one in samples:
             try:
-                truth = read_truth(one.sample, self.answer)
+                truth = read_truth(one.sample, self.answer, self.exact)
             except BadSample as error:
                 bad[error.key] = error.reason
                 continue
@@ -260,51 +249,39 @@ class VqaConfig(TaskConfig):
             else:
                 yield one, truth
 
-    def _answers(self, parts: Parts, samples: Iterator[EvalSample]) -> Iterator[dict[str, Any]]:
+    def _answers(self, parts: Parts, samples: Iterator[EvalSample], answers: Sequence[str]) -> Iterator[dict[str, Any]]:
         """One row a question, in order."""
         if (missing := self.lacks(parts.model)) is not None:
             raise ValueError(f"task vqa: this model lacks {missing}; finetune it with vlp finetune vqa first")
+        answerer = Answerer(parts, self.head, self.generation, answers, self.k)
         for group, batch in batches(parts, samples, self.batch):
             with evaluating(parts.model):
-                found = self._run(parts, batch)
-                blank = self._run(parts, blanked(batch)) if self.blank_images else found
+                found = answerer(batch)
+                blank = answerer(blanked(batch)) if self.blank_images else found
             for one, (answer, probability), (without, _) in zip(group, found, blank, strict=True):
                 row: dict[str, Any] = {"key": one.sample.key, "image": one.image}
                 row |= {name: one.sample.fields[name] for name in CARRIED if name in one.sample.fields}
                 row |= {"question": one.sample.texts[0], "answer": answer, "probability": probability}
                 yield row | ({"blank_answer": without} if self.blank_images else {})
 
-    def _run(self, parts: Parts, batch: Batch) -> list[tuple[str, float]]:
-        """Answer and its probability for each question."""
-        model = parts.model
-        fused = model.run([Fuse()], batch)[Fuse()]
-        head = _answer_head(model)
-        if head is not None:
-            best = head.scores(fused.pooled).max(1)
-            return [
-                (head.config.answers[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            ]
-        writer = _answer_writer(model)
-        assert writer is not None and model.decoder is not None
-        length = min(self.generation.max_length, model.decoder.embeddings.max_length)
-        generation = self.generation.model_copy(update={"max_length": length})
-        ids, scores = generate_text(
-            model,
-            memory_of(fused, model.decoder.config.memory),
-            parts.tokenizer.vocabulary,
-            generation,
-            objective=writer,
-        )
-        return [(parts.tokenizer.decode(each), s) for each, s in zip(ids, scores.exp().tolist(), strict=True)]
-
     def _score(
-        self, rows: Sequence[dict[str, Any]], truths: Sequence[Truth], answer: Callable[[dict[str, Any]], str]
+        self, rows: Sequence[dict[str, Any]], asked: Sequence[Asked], answers: Sequence[str]
     ) -> dict[str, float]:
-        scored = [row | {"accuracy": truth.accuracy(answer(row))} for row, truth in zip(rows, truths, strict=True)]
-        return by_type(scored)
+        """Metrics of these answers to the rows' questions."""
+        if self.metric == "gqa":
+            keys = [str(row.get("question_id", row["key"])) for row in rows]
+            choices = None if self.choices is None else object_in(Path(self.choices), "GQA's val_choices.json")
+            questions = {key: one.gqa for key, one in zip(keys, asked, strict=True) if one.gqa is not None}
+            return gqa_metrics(questions, dict(zip(keys, answers, strict=True)), choices)
+        truths = [one.truth for one in asked]
+        return by_type([{**r, "accuracy": t.accuracy(a)} for r, t, a in zip(rows, truths, answers, strict=True)])
 
-    def _notes(self, model: Model, truths: Sequence[Truth], survey: VqaSurvey | None) -> tuple[str, ...]:
+    def _notes(
+        self, model: Model, asked: Sequence[Asked], metrics: Mapping[str, float], survey: VqaSurvey | None
+    ) -> tuple[str, ...]:
         notes = ["accuracy is the official VQA accuracy; with one answer a question it is plain accuracy"]
+        if self.metric == "gqa":
+            notes = list(gqa_notes(metrics))
         if survey is None:
             notes.append("no training data were named, so the blind floors are unknown; name them with --data.train")
         else:
@@ -312,43 +289,13 @@ class VqaConfig(TaskConfig):
                 f"question only: the most frequent of the training answers to the same question text ({survey.samples} "
                 f"questions, {len(survey.by_question)} texts), else the most frequent answer {survey.answers[0]!r}"
             )
-        if (head := _answer_head(model)) is not None:
-            known = set(head.config.answers)
-            best = [max((s for a, s in truth.scores.items() if a in known), default=0.0) for truth in truths]
+        listed = answer_head(model)
+        if listed is not None and self.head in ("closed", None):
+            known = set(listed.config.answers)
+            best = [max((s for a, s in one.truth.scores.items() if a in known), default=0.0) for one in asked]
             if (ceiling := sum(best) / len(best)) < 1:
                 notes.append(f"no choice from the {len(known)} answers of the list can score more than {ceiling:.3f}")
         return tuple(notes)
-
-
-@dataclass(frozen=True)
-class VqaPrepare:
-    """A training sample -> its example; picklable, for loader workers."""
-
-    field: str | None
-    index: Mapping[str, int] | None
-    """Number of each answer; None = answers are written."""
-
-    def __call__(self, sample: Sample, generator: np.random.Generator) -> Example:
-        """Make the example.
-
-        Raises:
-            BadSample: no answers.
-        """
-        truth = read_truth(sample, self.field)
-        if truth is None:
-            raise BadSample(sample.key, f"no answer; its fields are {', '.join(sorted(sample.fields)) or 'none'}")
-        question = sample.texts[0]
-        if self.index is None:
-            answers, scores = list(truth.scores), np.array(list(truth.scores.values()))
-            if not scores.sum() > 0:
-                raise BadSample(sample.key, "all of its answers score 0")
-            drawn = answers[int(generator.choice(len(answers), p=scores / scores.sum()))]
-            return Example(sample.key, sample.images, question, {WRITTEN: drawn})
-        target = np.zeros(len(self.index), dtype=np.float32)
-        for answer, score in truth.scores.items():
-            if answer in self.index:
-                target[self.index[answer]] = score
-        return Example(sample.key, sample.images, question, targets={"answer_scores": target})
 
 
 def by_type(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -367,13 +314,35 @@ def _ranked(counts: Counter[str]) -> list[str]:
     return sorted(counts, key=lambda answer: (-counts[answer], answer))
 
 
-def _answer_head(model: Model) -> Answer | None:
-    return next((one for one in model.objectives.values() if isinstance(one, Answer)), None)
+def _number(key: Any) -> Any:
+    """A question's id as the official files have it, an integer, also where a csv holds it as text."""
+    return int(key) if isinstance(key, str) and key.isdecimal() else key
 
 
-def _answer_writer(model: Model) -> str | None:
-    if model.decoder is None:
-        return None
-    return next(
-        (n for n, one in model.objectives.items() if isinstance(one, Lm) and one.config.memory == "fused"), None
+def gqa_question(sample: Sample, truth: Truth) -> GqaQuestion:
+    """Return a question's facts from the fields that `vlp data convert gqa` writes."""
+    fields = sample.fields
+    texts = {name: str(fields.get(name) or "") for name in ("structural", "semantic", "detailed")}
+    steps, group = fields.get("steps"), fields.get("group")
+    return GqaQuestion(
+        sample.texts[0],
+        next(iter(truth.scores)),
+        **texts,
+        steps=None if steps is None else int(steps),
+        group=None if group is None else str(group),
+        balanced=bool(fields.get("balanced", True)),
+        entailed=tuple(map(str, fields.get("entailed") or ())),
     )
+
+
+def gqa_notes(metrics: Mapping[str, float]) -> Iterator[str]:
+    """Say what GQA's numbers are, and what those that are not there would take."""
+    yield "answers are compared as they are, those to balanced questions count; distribution: 0 is best"
+    if "consistency" not in metrics:
+        yield (
+            "no consistency: it takes the answers to all entailed questions; evaluate on val_all_questions.json, "
+            "converted with --all-questions"
+        )
+    if "validity" not in metrics:
+        yield "no validity and plausibility: they take GQA's val_choices.json; name it with --task.choices"
+    yield "no grounding: it takes attention maps and scene graphs"

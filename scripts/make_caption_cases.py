@@ -103,7 +103,9 @@ def write(name: str, rows: list) -> None:
 def main(folder: Path) -> None:
     sys.path.insert(0, str(folder))
     rng = random.Random(0)
-    write("caption_cases.json", [scored(case(rng, rng.choice([1, 2, 3, 5, 8]))) for _ in range(72)])
+    cases = [scored(case(rng, rng.choice([1, 2, 3, 5, 8]))) for _ in range(72)]
+    # and one corpus of a size at which its document frequencies matter
+    write("caption_cases.json", [*cases, scored(case(random.Random(1), 240))])
     sentences = (FOLDER / "ptb_sentences.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
     sentences = [sentence for sentence in sentences if sentence.strip()]
     for _ in range(250):

@@ -6,13 +6,17 @@ Shapes: B memory rows, A answers, K of them ranked, L text length, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from encoders.types import Texts, Tokens
+from encoders.types import Batch, Texts, Tokens
+from objectives.base import Draw
 from objectives.lm import text_losses
+from vlp.data.batch import pad_texts
+from vlp.data.tokenizer import Tokenizer
 from vlp.generate import writer_of
 from vlp.model import Model
 
@@ -66,6 +70,30 @@ def rank_answers(
         scores = scores + first_scores
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return chosen.gather(1, order), scores
+
+
+def answer_texts(
+    model: Model, tokenizer: Tokenizer, answers: Sequence[str], length: int, *, objective: str | None = None
+) -> Texts:
+    """Return answers as an objective of kind lm writes them, labels included, on the model's device: what is ranked.
+
+    Args:
+        model: whose objective it is.
+        tokenizer: of the model.
+        answers: texts.
+        length: most ids of one, the special ones included.
+        objective: name of the objective; needed where there are several of kind lm.
+
+    Raises:
+        ValueError: there are no answers, or the model cannot write.
+    """
+    if not answers:
+        raise ValueError("answers is empty; give at least one")
+    _, writer = writer_of(model, objective)
+    view, generator = writer.views[writer.config.view], Draw().sample("", 0)  # which this view does not draw from
+    made = [view.make(*tokenizer.encode(text, length), tokenizer.vocabulary, generator) for text in answers]
+    texts = pad_texts(made, "causal", tokenizer.vocabulary.pad)
+    return Batch(texts={"": texts}).to(model.device).texts[""]
 
 
 def share_probability(scores: Tensor) -> Tensor:

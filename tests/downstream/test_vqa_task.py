@@ -93,12 +93,77 @@ def test_floors_and_accuracy_of_a_hand_made_set(tmp_path):
     assert [row["answer"] for row in result.predictions] == ["no"] * 4
 
 
+def test_gqa_is_scored_as_it_defines_and_names_what_its_numbers_lack(tmp_path):
+    """The head's weights are chosen so that the model always answers `no`."""
+    loaded = vlp.load(toys.checkpoint(tmp_path, {"answer": {"answers": ["no", "yes", "No."]}}))
+    last = loaded.model.objectives["answer"].head[-1]
+    torch.nn.init.zeros_(last.weight)
+    last.bias.data = torch.tensor([5.0, 0.0, -5.0])
+    kinds = {"structural": "verify", "semantic": "attr", "detailed": "verifyAttr", "steps": 2, "group": "color"}
+    rows = [
+        {"question_id": "01", "question": "is it red?", "answer": "no", "balanced": True, "entailed": ["03"], **kinds},
+        {"question_id": "02", "question": "is it?", "answer": "No.", "balanced": True, "entailed": [], **kinds},
+        {"question_id": "03", "question": "why?", "answer": "yes", "balanced": False, "entailed": [], **kinds},
+    ]
+    path = table(tmp_path, rows)
+    (tmp_path / "choices.json").write_text(
+        json.dumps({"01": {"valid": ["no"], "plausible": []}} | {"02": {"valid": [], "plausible": ["no"]}})
+    )
+    task = VqaConfig(metric="gqa", choices=str(tmp_path / "choices.json"))
+    parts = parts_of(loaded, task.settings(loaded.config.data))
+    known = survey(path, task)
+    assert known.answers == ("No.", "no", "yes"), "answers are not normalised"
+    result = task.evaluate(parts, open_reader(str(path), text="question"), known)
+    assert result.metrics == pytest.approx(
+        {
+            "accuracy": 0.5,  # "No." is another answer, and the third question is not in the balanced set
+            "binary": 0.5,
+            "accuracy/structural/verify": 0.5,
+            "accuracy/semantic/attr": 0.5,
+            "accuracy/steps/2": 0.5,
+            "accuracy/words/3": 1.0,
+            "accuracy/words/2": 0.0,
+            "consistency": 0.0,
+            "validity": 0.5,
+            "plausibility": 0.5,
+            "distribution": 0.02,  # gold no 1, No. 1, given no 2: (1 / 1 + 1 / 1) / 100
+        }
+    )
+    assert result.floors["majority"]["accuracy"] == 0.5 and "grounding" in " ".join(result.notes)
+    assert task.submission(result.predictions) == [
+        {"questionId": f"0{number}", "prediction": "no"} for number in (1, 2, 3)
+    ]
+    assert VqaConfig().submission([{"key": "0", "question_id": "7", "answer": "no"}]) == [
+        {"question_id": 7, "answer": "no"}
+    ]
+    with pytest.raises(ValueError, match="question 0 has no field question_id"):
+        task.submission([{"key": "0", "answer": "no"}])
+    only = open_reader(str(path), text="question", where={"question_id": ["01", "02"]})
+    bare = VqaConfig(metric="gqa").evaluate(parts, only, known)
+    assert not {"consistency", "validity"} & set(bare.metrics)
+    assert "--all-questions" in " ".join(bare.notes) and "--task.choices" in " ".join(bare.notes)
+
+
+def test_an_answer_list_may_come_from_a_file(tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps(["Blue", "t-shirt", "blue"]))
+    task = VqaConfig(answer_file=str(tmp_path / "list.json"))
+    assert task.answer_list(LIST) == ("Blue", "t-shirt", "blue")
+    run = finetune_config(vlp.load(toys.checkpoint(tmp_path)), "x", {"task": {"kind": "vqa"}})
+    assert task.adapt(run, {}, LIST).objectives["answer"].answers == ("blue", "t shirt")
+    (tmp_path / "list.txt").write_text("red\n\ngreen\n")
+    assert VqaConfig(answer_file=str(tmp_path / "list.txt")).answer_list(LIST) == ("red", "green")
+    for content, message in (("{}", "not a list of texts"), ("[", "not JSON"), ('["a"]', "1 answers; give at least")):
+        (tmp_path / "list.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            task.answer_list(LIST)
+
+
 def test_training_examples_hold_soft_targets(tmp_path):
     run = TASK.adapt(finetune_config(vlp.load(toys.checkpoint(tmp_path)), "x", {"task": {"kind": "vqa"}}), {}, LIST)
     example = TASK.prepare(run)(sample(answers=["red"] * 3 + ["blue"] * 6 + ["pink"]), np.random.default_rng(0))
     assert example.text == "what is it?"
     assert example.targets["answer_scores"].tolist() == pytest.approx([1.0, 0.0, 0.9])
-    written = VqaConfig(generative=True).prepare(run)
+    written = VqaConfig(head="open").prepare(run)
     drawn = [
         written(sample(answer_scores={"red": 0.3, "blue": 0.9, "no": 0.0}), np.random.default_rng(seed)).other_texts
         for seed in range(400)
@@ -167,7 +232,7 @@ def test_generative_finetuning_writes_answers(tmp_path, decoder):
         toys.vqa_table(tmp_path, name, number, seed, kinds=1) for name, number, seed in (("a", 64, 1), ("b", 16, 2))
     )
     settings = {
-        "task": {"kind": "vqa", "generative": True},
+        "task": {"kind": "vqa", "head": "open"},
         "data": {"train": str(train), "val": str(test), "workers": 0},
         "train": toys.TRAIN | {"samples": 2400},
     }
@@ -178,8 +243,20 @@ def test_generative_finetuning_writes_answers(tmp_path, decoder):
     assert not any(name.startswith("decoder.blocks") for name in done.transfer.missing), "they begin as the fusion's"
     rows = done.after.predictions
     finetuned = vlp.load(tmp_path / "run")
-    answers = finetuned.answer([tmp_path / f"b{i}.png" for i in range(16)], [row["question"] for row in rows])
-    assert answers == [row["answer"] for row in rows]
+    images, asked = [tmp_path / f"b{i}.png" for i in range(16)], [row["question"] for row in rows]
+    assert finetuned.answer(images, asked) == [row["answer"] for row in rows]
+
+    (tmp_path / "list.txt").write_text("\n".join(given := ["green", "blue", "yellow", "red", "striped"]))
+    task = VqaConfig(head="ranked", k=3, answer_file=str(tmp_path / "list.txt"), batch=5)
+    parts, reader = parts_of(finetuned, task.settings(finetuned.config.data)), open_reader(str(test), text="question")
+    ranked = task.evaluate(parts, reader)
+    assert ranked.metrics["accuracy"] >= 0.95
+    assert [row["answer"] for row in ranked.predictions] == finetuned.answer(images, asked, given, k=3)
+    assert [row["answer"] for row in task.predict(parts, reader)] == [row["answer"] for row in ranked.predictions]
+    with pytest.raises(ValueError, match=r"ranks a list of answers; name it with --task\.answer-file"):
+        VqaConfig(head="ranked").evaluate(parts, reader)
+    with pytest.raises(ValueError, match=r"lacks an answer head \(objective answer\); finetune"):
+        VqaConfig(head="closed").evaluate(parts, reader)
 
 
 def test_mistakes_are_one_line(tmp_path):
