@@ -76,7 +76,7 @@ def meteor(
         if language != "en":
             return None, f"METEOR: not computed, {LANGUAGES[language]} needs its jar; name it with --task.meteor-jar"
         if (found := _english_jar()) is None:
-            return None, "METEOR: not computed, pycocoevalcap is not installed and task.meteor_jar names no jar"
+            return None, "METEOR: not computed; pip install 'vlp[caption]', or name its jar with --task.meteor-jar"
         jar = str(found)
     elif not Path(jar).is_file():
         return None, f"METEOR: not computed, there is no file {jar}"

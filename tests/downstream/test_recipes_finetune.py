@@ -22,6 +22,9 @@ SURVEYS = {
     "snli_ve": VerdictSurvey({"neutral": 1}),
     "vcr": None,
     "sentiment": SentimentSurvey(0.0, 1),
+    "referring": None,
+    "dialogue": None,
+    "translation": None,
 }
 
 
