@@ -95,9 +95,18 @@ class Loaded:
         """Text to ids and back.
 
         Raises:
-            ValueError: a foreign checkpoint's tokenizer is neither beside it nor on the hub (or its cache).
+            ValueError: a foreign checkpoint's tokenizer is neither beside it nor on the hub (or its cache), or is not
+                that of this model.
         """
-        return self.words.found if isinstance(self.words, LazyTokenizer) else self.words
+        if not isinstance(self.words, LazyTokenizer):
+            return self.words
+        size, rows = self.words.found.vocabulary.size, self.model.text.word_embedding.shape[0]
+        if size > rows:
+            raise ValueError(
+                f"the tokenizer has {size} words and the model {rows}; give vlp.load(..., tokenizer=FOLDER) the one "
+                "that it was trained with"
+            )
+        return self.words.found
 
     @property
     def device(self) -> torch.device:

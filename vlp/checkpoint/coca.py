@@ -29,7 +29,7 @@ _PAD = 0
 
 def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     model = config.get("model_cfg") or config
-    towers = {name: dict(model.get(f"{name}_cfg") or {}) for name in ("vision", "text", "multimodal")}
+    towers = {name: model.get(f"{name}_cfg") or {} for name in ("vision", "text", "multimodal")}
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     preset = openclip(config.get("preprocess_cfg") or {})
     width = shapes["visual.conv1.weight"][0]
@@ -46,17 +46,8 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         resize="bicubic_antialias",
     )
     own_query = "visual.attn_pool_contrastive.query" in shapes
-    number, embed_width = shapes["visual.attn_pool.query"]
     vision["arguments"]["final_norm"] = own_query  # else the norm follows the pooling
-    vision["queries"] = {
-        "layout": towers["vision"].get("attentional_pool", "parallel") if own_query else "split",
-        "number": number,
-        "width": embed_width,
-        "heads": towers["vision"].get("attn_pooler_heads", _POOLER_HEADS),
-        "norm": not own_query,
-    }
-    if own_query:
-        vision["queries"]["layout"] = {"cascade": "cascaded"}.get(*[vision["queries"]["layout"]] * 2)
+    vision["queries"] = _queries(shapes, towers["vision"], own_query)
     words = shapes["text.token_embedding.weight"]
     text = text_tower(
         words,
@@ -89,6 +80,19 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     if not config.get("preprocess_cfg"):
         assumed.append("image preprocessing of OpenAI's CLIP (no preprocess_cfg)")
     return Recipe(tree, tuple(assumed))
+
+
+def _queries(shapes: Shapes, tower: Mapping[str, Any], own_query: bool) -> dict[str, Any]:
+    """`model.vision.queries`: the attention poolers, of which one may be for contrast alone."""
+    number, width = shapes["visual.attn_pool.query"]
+    layout = tower.get("attentional_pool", "parallel")
+    return {
+        "layout": {"cascade": "cascaded"}.get(layout, layout) if own_query else "split",
+        "number": number,
+        "width": width,
+        "heads": tower.get("attn_pooler_heads", _POOLER_HEADS),
+        "norm": not own_query,
+    }
 
 
 def coca_tree(

@@ -191,36 +191,15 @@ def load_weights(
             values; all in one line. The model is unchanged then.
     """
     targets = model.state_dict()
-    vision = getattr(getattr(model, "vision", None), "config", None)
-    method: PositionResize = getattr(vision, "position_resize", "bicubic_antialias")
     # A momentum teacher may hold parts that this model's teacher has no use for, or have no student here.
     skip = _matching(state, ignore) | {name for name in state if name.startswith("teacher.") and name not in targets}
     given = {name: tensor for name, tensor in state.items() if name not in skip}
-    filled: dict[str, Tensor] = {}
-    resized, missing, problems = [], [], []
-    for first, names in aliases(model).items():
-        stored = [name for name in names if name in given]
-        if not stored:
-            missing.append(first)
-            continue
-        tensor, wanted = given[stored[0]], targets[first]
-        problems += [
-            f"{stored[0]} and {other} differ, but the model shares them"
-            for other in stored[1:]
-            if not torch.equal(given[other], tensor)
-        ]
-        if tensor.shape != wanted.shape:
-            # A part that knows what its table means resizes it itself (relative positions).
-            own = getattr(model.get_submodule(first.rpartition(".")[0]), "resized", None)
-            fitted = _resize(first, tensor, wanted, method) if own is None else own(tensor)
-            if fitted is not None:
-                tensor = fitted
-                resized.append(first)
-        if tensor.shape != wanted.shape:
-            problems.append(f"{first} is {tuple(tensor.shape)}, the model's is {tuple(wanted.shape)}")
-        filled[first] = tensor
+    vision = getattr(getattr(model, "vision", None), "config", None)
+    method: PositionResize = getattr(vision, "position_resize", "bicubic_antialias")
+    fit = _fit(model, targets, given, method)
     unexpected = [name for name in given if name not in targets]
-    refused = [name for name in missing if name not in _matching(missing, allow_missing)]
+    refused = [name for name in fit.missing if name not in _matching(fit.missing, allow_missing)]
+    problems = list(fit.problems)
     if strict and refused:
         problems.append(f"missing {_some(refused)} (allow_missing={_pattern(refused)!r} keeps their initial values)")
     if strict and unexpected:
@@ -228,14 +207,50 @@ def load_weights(
     if problems:
         more = f"; and {len(problems) - MOST} more" if len(problems) > MOST else ""
         raise ValueError(f"the weights do not fit the model: {'; '.join(problems[:MOST])}{more}")
-    converted = [name for name, tensor in filled.items() if tensor.dtype != targets[name].dtype]
-    model.load_state_dict(filled, strict=False)
-    _fill_teacher(model, missing)
-    loaded = tuple(name for name in filled if name not in {*resized, *converted})
-    notes = (f"position embeddings resized by {method} interpolation",) if resized else ()
-    return LoadReport(
-        loaded, tuple(resized), tuple(converted), tuple(missing), tuple(unexpected), tuple(sorted(skip)), notes
-    )
+    converted = [name for name, tensor in fit.filled.items() if tensor.dtype != targets[name].dtype]
+    model.load_state_dict(fit.filled, strict=False)
+    _fill_teacher(model, fit.missing)
+    loaded = tuple(name for name in fit.filled if name not in {*fit.resized, *converted})
+    notes = (f"position embeddings resized by {method} interpolation",) if fit.resized else ()
+    left = tuple(sorted(skip))
+    return LoadReport(loaded, tuple(fit.resized), tuple(converted), tuple(fit.missing), tuple(unexpected), left, notes)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What stored weights are to a model: by the first of each weight's names there."""
+
+    filled: dict[str, Tensor] = field(default_factory=dict)
+    resized: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def _fit(model: nn.Module, targets: Mapping[str, Tensor], given: Mapping[str, Tensor], method: PositionResize) -> _Fit:
+    """Lay stored weights beside a model's, positions of another image size interpolated."""
+    found = _Fit()
+    for first, names in aliases(model).items():
+        stored = [name for name in names if name in given]
+        if not stored:
+            found.missing.append(first)
+            continue
+        tensor, wanted = given[stored[0]], targets[first]
+        found.problems.extend(
+            f"{stored[0]} and {other} differ, but the model shares them"
+            for other in stored[1:]
+            if not torch.equal(given[other], tensor)
+        )
+        if tensor.shape != wanted.shape:
+            # A part that knows what its table means resizes it itself (relative positions).
+            own = getattr(model.get_submodule(first.rpartition(".")[0]), "resized", None)
+            fitted = _resize(first, tensor, wanted, method) if own is None else own(tensor)
+            if fitted is not None:
+                tensor = fitted
+                found.resized.append(first)
+        if tensor.shape != wanted.shape:
+            found.problems.append(f"{first} is {tuple(tensor.shape)}, the model's is {tuple(wanted.shape)}")
+        found.filled[first] = tensor
+    return found
 
 
 def _fill_teacher(model: nn.Module, missing: Iterable[str]) -> None:

@@ -149,7 +149,7 @@ def _activation(tower: Mapping[str, Any], quick: bool) -> str:
 
 
 def _vision(shapes: Shapes, model: Mapping[str, Any], config: Mapping[str, Any], quick: bool) -> dict[str, Any]:
-    tower = dict(model.get("vision_cfg") or {})
+    tower = model.get("vision_cfg") or {}
     preset = openclip(config.get("preprocess_cfg") or {})
     if "visual.conv1.weight" not in shapes:
         return _trunk(shapes, tower, preset.mean, preset.std)
@@ -208,7 +208,7 @@ def _trunk(shapes: Shapes, tower: Mapping[str, Any], mean: Any, std: Any) -> dic
 
 
 def _text(shapes: Shapes, model: Mapping[str, Any], quick: bool) -> dict[str, Any]:
-    tower, prefix = dict(model.get("text_cfg") or {}), _prefix(shapes)
+    tower, prefix = model.get("text_cfg") or {}, _prefix(shapes)
     words = shapes[prefix + "token_embedding.weight"]
     pool = _POOLS[tower.get("pool_type", "argmax")]
     return text_tower(

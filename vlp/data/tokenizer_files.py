@@ -44,7 +44,8 @@ def load_backend(source: str) -> Any:
             # Of a folder with a model alone transformers makes a tokenizer of five tokens.
             raise ValueError("the folder holds no tokenizer files")
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        if tokenizer.is_fast or not path.is_dir():
+        # A config.json may name a class whose files are not those that are here: it has no words then, or is slow.
+        if not path.is_dir() or (tokenizer.is_fast and set(tokenizer.get_vocab()) > set(tokenizer.all_special_tokens)):
             return _name_specials(tokenizer)
         return _from_folder(path) or tokenizer
     # What is missing or unreadable shows as any of these, often with advice over several lines; `tokenizers` itself

@@ -53,10 +53,9 @@ def test_pixels_beyond_the_last_whole_patch(kind: str, tmp_path: Path) -> None:
     assert loaded.model.config.vision.image_size == 19 and loaded.model.vision.grid == (2, 2)
     pixels = torch.randn(2, 3, 19, 19, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        wanted = theirs.vision_model(pixel_values=pixels).last_hidden_state
+        wanted = theirs.vision_model(pixel_values=pixels)
         found = loaded.model.run([Encode("image"), Embed("image")], Batch({"clean": Images(pixels)}, {}))
-    ours = found[Encode("image")].states
-    torch.testing.assert_close(ours[:, 0] if kind == "CLIP" else ours, wanted[:, 0] if kind == "CLIP" else wanted)
+    torch.testing.assert_close(found[Encode("image")].pooled, wanted.pooler_output, rtol=1e-4, atol=1e-5)
 
 
 def test_written_texts_begin_as_the_config_says(tmp_path: Path) -> None:
@@ -179,6 +178,16 @@ def test_a_tokenizer_that_is_not_there_is_looked_for_once(monkeypatch: pytest.Mo
     assert inspect(GOLDENS / "albef_retrieval" / "model.pth").words.startswith("bert-base-uncased, which is read when")
 
 
+def test_a_tokenizer_of_more_words_than_the_model_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(GOLDENS / "hf_clip", tmp_path / "clip")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(300))]
+    (tmp_path / "clip" / "vocab.txt").write_text("\n".join(words))
+    loaded = vlp.load(tmp_path / "clip")
+    rows = loaded.model.text.word_embedding.shape[0]
+    with pytest.raises(ValueError, match=rf"the tokenizer has 305 words and the model {rows}; give vlp.load"):
+        loaded.embed_texts(["word7"])
+
+
 def test_a_checkpoint_without_a_tokenizer_says_so() -> None:
     with pytest.raises(ValueError, match="comes without a tokenizer; give vlp.load"):
         vlp.load(GOLDENS / "hf_clip").embed_texts(["a cat"])
@@ -197,7 +206,7 @@ def test_a_captioner_that_is_asked_says_what_it_can_do() -> None:
 @pytest.mark.parametrize("junk", [b"exported by hand", b"", b"\x89PNG\r\n\x1a\n" + bytes(64)])
 def test_junk_is_called_so(tmp_path: Path, junk: bytes) -> None:
     (tmp_path / "junk.pth").write_bytes(junk)
-    with pytest.raises(ValueError, match=r"it is no file of weights, or damaged \(\w+.*\); nothing of it was executed"):
+    with pytest.raises(ValueError, match=r"(no file of weights|damaged).*\); nothing of it was executed"):
         vlp.load(tmp_path / "junk.pth")
 
 

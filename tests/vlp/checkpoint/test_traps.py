@@ -48,7 +48,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
     "5 UNITER is cased": ("test_traps.py::test_uniter_reads_cased_words",),
     "7 BLIP: [ENC] in place of [CLS] where a text is fused, label smoothing 0.1": (
         "test_traps.py::test_the_wrong_setting_is_noticed",
-        "test_blip.py::test_pretraining_shares_all_but_self_attention",
+        "test_traps.py::test_blip_smooths_its_labels",
         "test_no_silent_errors.py::test_written_texts_begin_as_the_config_says",
     ),
     "8 BLIP's decoder shares all but its self-attention": (
@@ -134,7 +134,6 @@ def test_every_trap_has_tests_that_exist() -> None:
 CLIP = "openclip_vit_quickgelu"
 WRONG: dict[str, tuple[str, Mapping[str, Any]]] = {
     "[ENC] of BLIP": ("blip_pretrain", {"model": {"text": {"fused_first": None}}}),
-    "label smoothing of BLIP": ("blip_decoder", {"objectives": {"lm": {"label_smoothing": 0.0}}}),
     "VLMo's two terms": ("vlmo_pretrain", {"objectives": {"itc": {"weight": 1.0}, "itc_vl": {"weight": 1.0}}}),
     "QuickGELU of an image tower": (CLIP, {"model": {"vision": {"arguments": {"act_layer": "gelu"}}}}),
     "QuickGELU of a text tower": (CLIP, {"model": {"text": {"activation": "gelu"}}}),
@@ -168,6 +167,12 @@ def test_fractional_weights_count() -> None:
 @cache
 def recipe(name: str) -> RunConfig:
     return load(RunConfig, f"pretrain/{name}")
+
+
+def test_blip_smooths_its_labels() -> None:
+    for name in ("blip_decoder", "blip_pretrain"):
+        assert inspect(GOLDENS / name / "model.pth").config.objectives["lm"].label_smoothing == 0.1
+    assert recipe("blip").objectives["lm"].label_smoothing == 0.1
 
 
 def test_meter_has_eleven_blocks() -> None:
