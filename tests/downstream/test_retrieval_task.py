@@ -182,6 +182,55 @@ def test_matching_holds_one_block_at_a_time():
     assert largest.elements <= max(40 * tokens * width, 40 * length * hidden, 8 * tokens * hidden, 60 * 60)
 
 
+def test_folds_are_means_over_galleries_of_their_own(monkeypatch):
+    """COCO 1K: each fold's images are searched among its own texts, and each is what a task on it alone reports."""
+    gallery = make_gallery(25, [2, 1])
+    gallery.pixels[3] = BadSample("image3", "torn")
+    model, bad = sharp_model(), {}
+    parts = SimpleNamespace(model=model)
+    monkeypatch.setattr(RetrievalConfig, "_open", lambda *_, **__: (gallery, bad))
+    task = build(RetrievalConfig, {"folds": 2, "weight": 0.5, "k": 10, "batch": 7})
+    result = task.evaluate(parts, open_reader("emoji:fluent3d"))
+    assert result.counts == {"images": 24, "texts": 37} and result.bad == {"image3": "torn"}
+    alone = build(RetrievalConfig, {"weight": 0.5, "k": 10})
+    folds = []
+    for dropped in ((3, *range(13, 25)), range(13)):
+        part = gallery.without(set(dropped))
+        monkeypatch.setattr(RetrievalConfig, "_open", lambda *_, part=part, **__: (part, {}))
+        folds.append(alone.evaluate(parts, open_reader("emoji:fluent3d")))
+    for name, value in folds[0].metrics.items():
+        expected = (value + folds[1].metrics[name]) / 2
+        assert result.metrics[f"2 folds/{name}"] == pytest.approx(expected, abs=1e-9), name
+    assert result.floors["chance"]["2 folds/t2i/R@1"] == pytest.approx(1 / 12)
+    assert any("galleries of 12 images" in note for note in result.notes)
+    with pytest.raises(ValueError, match="folds 99 of 24 images"):
+        monkeypatch.setattr(RetrievalConfig, "_open", lambda *_, **__: (gallery, bad))
+        build(RetrievalConfig, {"folds": 99}).evaluate(parts, open_reader("emoji:fluent3d"))
+
+
+def test_sums_with_the_cosine_as_blip():
+    model, gallery = sharp_model(), make_gallery(12, [2])
+    itc, itm = all_pairs(model, gallery)
+    found = build(RetrievalConfig, {"k": 24, "weight_unit": "cosine"}).search(model, gallery, {})
+    expected = (itm + itc / model.space().logit_scale.exp()).sort(1, descending=True).values
+    torch.testing.assert_close(found.i2t.ranked(1.0)[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_rows_add_are_the_metrics(tmp_path):
+    """Means of the rows' metrics are the task's recalls by any hit; mean and median rank are of the same ranks."""
+    loaded = load(checkpoint(tmp_path))
+    data, reader = loaded.config.data, open_reader(str(caption_table(tmp_path)))
+    result = build(RetrievalConfig, {"weight": 1.0}).evaluate(parts_of(loaded, data), reader)
+    for direction in ("i2t", "t2i"):
+        rows = [row for row in result.predictions if row["direction"] == direction]
+        for k in (1, 5):
+            mean = sum(row["metrics"][f"{direction}/R@{k}"] for row in rows) / len(rows)
+            assert mean == pytest.approx(result.metrics[f"{direction}/R@{k}"])
+        ranks = sorted(row["ranks"][SUM] for row in rows)
+        assert result.metrics[f"{direction}/mean_rank"] == pytest.approx(sum(ranks) / 8)
+        assert result.metrics[f"{direction}/median_rank"] == (ranks[3] + ranks[4]) / 2
+
+
 def test_choose_weight_by_reciprocal_rank():
     """ITM alone puts the truth second, ITC alone third; a little of both first, too much of ITC last."""
     itm, itc = torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[2.0, 0.0, 3.0]])
