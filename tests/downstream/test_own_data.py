@@ -15,6 +15,7 @@ import vlp
 from downstream.captioning import CaptioningConfig
 from downstream.choose import ALL, Measured, choose, given, measure
 from downstream.columns import guess_columns, named_split
+from downstream.forgetting import transplanted
 from downstream.selection import Selection
 from downstream.task import Result
 from downstream.vqa import VqaConfig
@@ -28,7 +29,8 @@ from vlp.train.config import TrainConfig
 from vlp.train.log import read_metrics
 
 GIB = 2**30
-SMALL = ("--data.workers", "0", "--device", "cpu", "--task.generation.method", "greedy")
+CPU = ("--data.workers", "0", "--device", "cpu")
+SMALL = (*CPU, "--task.generation.method", "greedy")
 FAST = (*SMALL, "--tune.probe", "none")
 
 
@@ -132,6 +134,41 @@ def test_too_many_broken_samples_are_refused_before_anything_is_trained(place, t
     assert main(words("data", "check", table)) == 2
     assert "error: data.train: 13 of 40 samples are broken" in capsys.readouterr().err
     assert main(words("data", "check", table, "--bad-samples", "0.5")) == 0
+
+
+def test_a_table_with_a_split_and_names_of_its_own_is_enough_for_questions(place, tmp_path, capsys):
+    images = {color: toys.picture(tmp_path / f"{color}.png", color) for color in toys.COLORS}
+    asked = [(color, other) for color in toys.COLORS for other in toys.COLORS]
+    table = [
+        {"File Name": images[color], "Query": f"Is it {other}?", "label": "yes" if color == other else "no",
+         "subset": ["Train", "Train", "Dev", "Test"][number % 4]}
+        for number, (color, other) in enumerate(asked)
+    ]  # fmt: skip
+    data = toys.write_table(tmp_path / "q.csv", table)
+    command = words("finetune", "vqa", "--init", place / "checkpoint", "--data", data, "--out", tmp_path / "run", *CPU)
+    assert main([*command, "--train.samples", "32", "--tune.probe", "none"]) == 0
+    said = capsys.readouterr().err
+    assert "image from 'File Name', question from 'Query', answer from 'label'" in said
+    assert "train {'subset': ['Train']}, val {'subset': ['Dev']}, test {'subset': ['Test']}" in said
+    assert "4 images of data.val are in data.train too" in said, "each picture is asked about in every part"
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["counts"]["samples"] == 4 and result["data"]["where"] == {"subset": ["Test"]}
+    assert len([one for one in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val/accuracy" in one]) == 4
+    assert not any("flatters" in note for note in result["notes"]), "the test data chose no checkpoint"
+
+
+def test_forgetting_is_scored_with_the_finetuned_weights_in_the_checkpoint(place):
+    loaded, other = (vlp.load(place / "checkpoint") for _ in range(2))
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    for name, tensor in other.model.state_dict().items():
+        if name.startswith("vision."):
+            tensor.zero_()
+    del other.model.text, other.model.embed  # as a captioner has none
+    with transplanted(loaded.model, other.model):
+        now = loaded.model.state_dict()
+        assert not now["vision.vit.pos_embed"].any()
+        assert all(torch.equal(now[name], before[name]) for name in now if name.startswith("text."))
+    torch.testing.assert_close(loaded.model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_check_finds_what_is_twice_there_leaks_or_is_cut(place, tmp_path, capsys):
