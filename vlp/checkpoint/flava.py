@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from vlp.checkpoint.bert_stack import embeddings
 from vlp.checkpoint.clip import feed_arguments
+from vlp.checkpoint.foreign import Shapes
 from vlp.checkpoint.names import Pair
+from vlp.data.presets import Preset
 
 IMAGE_BLOCK = "vision.vit.blocks.{n}."
 TEXT_BLOCK, FUSED_BLOCK = "text.blocks.{n}.", "fusion.blocks.{n}."
@@ -114,6 +118,85 @@ def fusion(*, width: int, layers: int, heads: int, hidden: int, activation: str,
         "class_token": True,
         "pooler": "tanh",
     }
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the three stacks are called in a file."""
+
+    image: str
+    text: str
+    fused: str
+
+
+def tree(
+    shapes: Shapes, parts: Parts, stacks: Mapping[str, Mapping[str, Any]], preset: Preset, trained: bool
+) -> dict[str, Any]:
+    """Return what a file is in our words, but for its image codes and further losses.
+
+    Args:
+        shapes: of its weights.
+        parts: names of its stacks.
+        stacks: sizes of each, by those names.
+        preset: what images go through.
+        trained: whether it holds the pretraining losses, none of which reads the towers' poolers.
+    """
+    image, words = f"{parts.image}.embeddings.", f"{parts.text}.embeddings."
+    seen = vision(
+        positions=shapes[image + "position_embeddings"],
+        patches=shapes[image + "patch_embeddings.projection.weight"],
+        mask_token=image + "mask_token" in shapes,
+        pooler=not trained,
+        mean=preset.mean,
+        std=preset.std,
+        **stacks[parts.image],
+    )
+    read = text(
+        words=shapes[words + "word_embeddings.weight"],
+        positions=shapes[words + "position_embeddings.weight"][0],
+        segments=shapes[words + "token_type_embeddings.weight"][0],
+        pooler=not trained,
+        **stacks[parts.text],
+    )
+    fused = fusion(width=shapes[f"{parts.fused}.layernorm.weight"][0], **stacks[parts.fused])
+    return {
+        "model": {
+            "vision": seen,
+            "text": read,
+            "fusion": fused | {"class_token": f"{parts.fused}.cls_token" in shapes},
+            "embed": {"width": shapes["image_projection.weight"][0], "reads": "first"},
+            "keep_unread": not trained,
+        },
+        "objectives": {"itc": {"positives": "diagonal"}},
+        "data": {
+            "max_length": min(MAX_LENGTH, read["max_length"]),
+            "tokenizer": WORDS,
+            "transform": preset.transform.model_dump(exclude_defaults=True, exclude={"image_size"}),
+        },
+    }
+
+
+def tower_pairs(parts: Parts, pooler: str) -> tuple[Pair, ...]:
+    """Return the names of a file's weights outside layers and losses; ``pooler`` is that of the fused vector there."""
+    image = f"{parts.image}.embeddings."
+    pairs = [
+        Pair(image + "cls_token", "vision.vit.cls_token"),
+        Pair(image + "mask_token", "vision.mask_token"),
+        Pair(image + "position_embeddings", "vision.vit.pos_embed"),
+        Pair(image + "patch_embeddings.projection.{p}", "vision.vit.patch_embed.proj.{p}"),
+        Pair(f"{parts.image}.layernorm.{{p}}", "vision.vit.norm.{p}"),
+        Pair(f"{parts.image}.pooler.dense.{{p}}", "vision.pooler.{p}"),
+        *embeddings(f"{parts.text}.", "text."),
+        Pair(f"{parts.text}.layernorm.{{p}}", "text.final_norm.{p}"),
+        Pair(f"{parts.text}.pooler.dense.{{p}}", "text.pooler.{p}"),
+        Pair(f"{parts.fused}.cls_token", "fusion.class_token"),
+        Pair(f"{parts.fused}.layernorm.{{p}}", "fusion.final_norm.{p}"),
+        Pair(pooler + "dense.{p}", "fusion.pooler.text.{p}"),
+    ]
+    for side in ("image", "text"):
+        pairs.append(Pair(f"{side}_projection.{{p}}", f"embed.main.{side}.{{p}}"))
+        pairs.append(Pair(f"{side}_to_mm_projection.{{p}}", f"fusion.{side}_project.{{p}}"))
+    return tuple(pairs)
 
 
 def losses(codes: int, weights: Mapping[str, float], head: Mapping[str, Any]) -> dict[str, Any]:

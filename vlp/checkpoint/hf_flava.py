@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlp.checkpoint import flava
-from vlp.checkpoint.bert_stack import embeddings, without_copies, word_head
+from vlp.checkpoint.bert_stack import without_copies, word_head
 from vlp.checkpoint.clip import HEAD_WIDTH, scalar_pairs
 from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, shapes_of
 from vlp.checkpoint.hf_clip import BUFFERS, activation_of, preset_of, section, unstated
@@ -19,6 +19,7 @@ from vlp.checkpoint.names import Pair, blocks, rename_pairs
 from vlp.data.presets import albef_blip
 
 _PARTS = {"image_model": "image_config", "text_model": "text_config", "multimodal_model": "multimodal_config"}
+_NAMED = flava.Parts(*_PARTS)
 _LAYER: dict[str, str | tuple[str, ...]] = {
     "norm_before": "layernorm_before",
     "norm_after": "layernorm_after",
@@ -65,53 +66,19 @@ def _stack(shapes: Shapes, config: Mapping[str, Any], part: str) -> dict[str, An
 
 def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     trained, shapes = _pretrained(shapes), _plain(shapes)
-    positions = shapes["image_model.embeddings.position_embeddings"]
-    patches = shapes["image_model.embeddings.patch_embeddings.projection.weight"]
     preset, assumed = preset_of(config, albef_blip(224))
-    vision = flava.vision(
-        positions=positions,
-        patches=patches,
-        mask_token="image_model.embeddings.mask_token" in shapes,
-        pooler=not trained,
-        mean=preset.mean,
-        std=preset.std,
-        **_stack(shapes, config, "image_model"),
-    )
-    text = flava.text(
-        words=shapes["text_model.embeddings.word_embeddings.weight"],
-        positions=shapes["text_model.embeddings.position_embeddings.weight"][0],
-        segments=shapes["text_model.embeddings.token_type_embeddings.weight"][0],
-        pooler=not trained,
-        **_stack(shapes, config, "text_model"),
-    )
-    width = shapes["multimodal_model.layernorm.weight"][0]
-    model: dict[str, Any] = {
-        "vision": vision,
-        "text": text,
-        "fusion": flava.fusion(width=width, **_stack(shapes, config, "multimodal_model"))
-        | {"class_token": "multimodal_model.cls_token" in shapes},
-        "embed": {"width": shapes["image_projection.weight"][0], "reads": "first"},
-        "keep_unread": not trained,
-    }
+    tree = flava.tree(shapes, _NAMED, {part: _stack(shapes, config, part) for part in _PARTS}, preset, trained)
+    model = tree["model"]
     if _CODEBOOK + "input.weight" in shapes:
         model["codebook"] = _codebook(shapes)
-    objectives: dict[str, Any] = {"itc": {"positives": "diagonal"}}
     if trained:
-        said = section(config, "image_config")
-        head = {"activation": vision["arguments"].get("act_layer", "gelu"), "eps": said.get("layer_norm_eps", 1e-12)}
+        said, text = section(config, "image_config"), model["text"]
+        activation = model["vision"]["arguments"].get("act_layer", "gelu")
+        head = {"activation": activation, "eps": said.get("layer_norm_eps", 1e-12)}
         weights = {name: config[key] for name, key in _WEIGHTS.items() if key in config}
-        objectives = flava.losses(shapes["mim_head.decoder.weight"][0], weights, head)
+        tree["objectives"] = flava.losses(shapes["mim_head.decoder.weight"][0], weights, head)
         for name in ("mlm", "mmm_text"):
-            objectives[name] |= {"activation": text["activation"], "eps": text["eps"]}
-    tree = {
-        "model": model,
-        "objectives": objectives,
-        "data": {
-            "max_length": min(flava.MAX_LENGTH, text["max_length"]),
-            "tokenizer": flava.WORDS,
-            "transform": preset.transform.model_dump(exclude_defaults=True, exclude={"image_size"}),
-        },
-    }
+            tree["objectives"][name] |= {"activation": text["activation"], "eps": text["eps"]}
     stated = unstated(config, "image_config", "heads of width 64, gelu and epsilon 1e-12")
     return Recipe(tree, (*stated, *assumed))
 
@@ -126,26 +93,11 @@ def _codebook(shapes: Shapes) -> dict[str, int]:
 
 def _table(pooler: str, codebook_blocks: int) -> tuple[Pair, ...]:
     """Names of a file's weights there and here; ``pooler`` is that of the fused vector there."""
-    image, fused = "image_model.", "multimodal_model."
     pairs = [
-        Pair(image + "embeddings.cls_token", "vision.vit.cls_token"),
-        Pair(image + "embeddings.mask_token", "vision.mask_token"),
-        Pair(image + "embeddings.position_embeddings", "vision.vit.pos_embed"),
-        Pair(image + "embeddings.patch_embeddings.projection.{p}", "vision.vit.patch_embed.proj.{p}"),
-        Pair(image + "layernorm.{p}", "vision.vit.norm.{p}"),
-        Pair(image + "pooler.dense.{p}", "vision.pooler.{p}"),
-        *embeddings("text_model.", "text."),
-        Pair("text_model.layernorm.{p}", "text.final_norm.{p}"),
-        Pair("text_model.pooler.dense.{p}", "text.pooler.{p}"),
-        Pair(fused + "cls_token", "fusion.class_token"),
-        Pair(fused + "layernorm.{p}", "fusion.final_norm.{p}"),
-        Pair(pooler + "dense.{p}", "fusion.pooler.text.{p}"),
+        *flava.tower_pairs(_NAMED, pooler),
         Pair("itm_head.seq_relationship.{p}", "objectives.itm.head.{p}"),
         scalar_pairs()[0],
     ]
-    for side in ("image", "text"):
-        pairs.append(Pair(f"{side}_projection.{{p}}", f"embed.main.{side}.{{p}}"))
-        pairs.append(Pair(f"{side}_to_mm_projection.{{p}}", f"fusion.{side}_project.{{p}}"))
     for part, ours, names in (
         ("image_model", flava.IMAGE_BLOCK, flava.VIT_BLOCK),
         ("text_model", flava.TEXT_BLOCK, flava.OWN_BLOCK),

@@ -22,6 +22,7 @@ _CODEBOOK = "image_codebook.encoder.blocks."
 _POSITIONS = "image_encoder.embeddings.position_embeddings"
 _EPS, _HEAD_EPS = 1e-12, 1e-5
 _SIDES = (("image", "image"), ("text", "text"), ("mm", "multimodal"))
+_NAMED = flava.Parts("image_encoder", "text_encoder", "mm_encoder")
 
 
 def _plain(names: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,52 +41,20 @@ def _stack(shapes: Shapes, config: Mapping[str, Any], part: str, name: str) -> d
 
 def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     plain, trained = _plain(shapes), _trained(shapes)
-    stacks = {part: _stack(plain, config, part, name) for part, name in _SIDES}
     preset = albef_blip(224)
-    vision = flava.vision(
-        positions=plain[_POSITIONS],
-        patches=plain["image_encoder.embeddings.patch_embeddings.projection.weight"],
-        mask_token="image_encoder.embeddings.mask_token" in plain,
-        pooler=not trained,
-        mean=preset.mean,
-        std=preset.std,
-        **stacks["image"],
-    )
-    text = flava.text(
-        words=plain["text_encoder.embeddings.word_embeddings.weight"],
-        positions=plain["text_encoder.embeddings.position_embeddings.weight"][0],
-        segments=plain["text_encoder.embeddings.token_type_embeddings.weight"][0],
-        pooler=not trained,
-        **stacks["text"],
-    )
-    width = plain["mm_encoder.layernorm.weight"][0]
-    model: dict[str, Any] = {
-        "vision": vision,
-        "text": text,
-        "fusion": flava.fusion(width=width, **stacks["mm"])
-        | {"class_token": "mm_encoder.cls_token" in plain, "mask_text": False},
-        "embed": {"width": plain["image_projection.weight"][0], "reads": "first"},
-        "keep_unread": not trained,
-    }
+    stacks = {f"{part}_encoder": _stack(plain, config, part, name) for part, name in _SIDES}
+    tree = flava.tree(plain, _NAMED, stacks, preset, trained)
+    model = tree["model"]
+    model["fusion"]["mask_text"] = False
     if _CODEBOOK + "input.w" in plain:
         model["codebook"] = {
             "codes": plain[_CODEBOOK + "output.conv.w"][0],
             "width": plain[_CODEBOOK + "input.w"][0],
             "blocks": _codebook_blocks(plain),
         }
-    objectives: dict[str, Any] = {"itc": {"positives": "diagonal"}}
     if trained:
         head = {"eps": tmm_parts.argument(config, "loss_layer_norm_eps", default=_HEAD_EPS)}
-        objectives = flava.losses(plain["loss.mim_loss.cls.decoder.weight"][0], {}, head)
-    tree = {
-        "model": model,
-        "objectives": objectives,
-        "data": {
-            "max_length": min(flava.MAX_LENGTH, text["max_length"]),
-            "tokenizer": flava.WORDS,
-            "transform": preset.transform.model_dump(exclude_defaults=True, exclude={"image_size"}),
-        },
-    }
+        tree["objectives"] = flava.losses(plain["loss.mim_loss.cls.decoder.weight"][0], {}, head)
     said = tmm_parts.argument(config, "image_num_attention_heads")
     return Recipe(tree, () if said else ("heads of width 64, as in its published sizes",))
 
@@ -96,33 +65,15 @@ def _codebook_blocks(shapes: Shapes) -> int:
 
 def _table(pooler: str, codebook_blocks: int, axes: int) -> tuple[Pair, ...]:
     """Names of a file's weights there and here; ``pooler`` is that of the fused vector there."""
-    image, words = "image_encoder.embeddings.", "text_encoder.embeddings."
     pairs = [
-        Pair(image + "cls_token", "vision.vit.cls_token"),
-        Pair(image + "mask_token", "vision.mask_token"),
-        Pair(image + "position_embeddings", "vision.vit.pos_embed"),
-        Pair(image + "patch_embeddings.projection.{p}", "vision.vit.patch_embed.proj.{p}"),
-        Pair("image_encoder.layernorm.{p}", "vision.vit.norm.{p}"),
-        Pair("image_encoder.pooler.dense.{p}", "vision.pooler.{p}"),
-        Pair(words + "word_embeddings.weight", "text.embeddings.word.weight"),
-        Pair(words + "position_embeddings.weight", "text.embeddings.position.weight"),
-        Pair(words + "token_type_embeddings.weight", "text.embeddings.segment.weight"),
-        Pair(words + "layer_norm.{p}", "text.embeddings.norm.{p}"),
-        Pair(words + "LayerNorm.{p}", "text.embeddings.norm.{p}"),
-        Pair("text_encoder.layernorm.{p}", "text.final_norm.{p}"),
-        Pair("text_encoder.pooler.dense.{p}", "text.pooler.{p}"),
-        Pair("mm_encoder.cls_token", "fusion.class_token"),
-        Pair("mm_encoder.layernorm.{p}", "fusion.final_norm.{p}"),
-        Pair(pooler + "dense.{p}", "fusion.pooler.text.{p}"),
+        *flava.tower_pairs(_NAMED, pooler),
+        Pair("text_encoder.embeddings.layer_norm.{p}", "text.embeddings.norm.{p}"),
         Pair("loss.itm_loss.cls.seq_relationship.{p}", "objectives.itm.head.{p}"),
         scalar_pairs(_SCALE, axes=axes)[0],
         *tmm_parts.layers("image_encoder.encoder.", "vision.vit.", image=True),
         *tmm_parts.layers("text_encoder.encoder.", "text."),
         *tmm_parts.layers("mm_encoder.encoder.", "fusion."),
     ]
-    for side in ("image", "text"):
-        pairs.append(Pair(f"{side}_projection.{{p}}", f"embed.main.{side}.{{p}}"))
-        pairs.append(Pair(f"{side}_to_mm_projection.{{p}}", f"fusion.{side}_project.{{p}}"))
     for loss, ours in _HEADS.items():
         theirs, here = f"loss.{loss}.cls.", f"objectives.{ours}.head."
         pairs.append(Pair(theirs + "dense.{p}", here + "dense.{p}"))
