@@ -262,12 +262,14 @@ def comparison_tables(a: Path, b: Path, found: Comparison) -> list[Table]:
     intro = f"A = {a}\nB = {b}\n{found.samples} samples of {found.groups} images or other groups"
     notes = (
         "p: exact two-sided sign test (McNemar's where values are 0 or 1); interval: 95 %, bootstrap over groups; "
-        "a metric without them is of the whole corpus"
+        "a metric without them is of the whole corpus, and shown where it differs"
     )
     metrics = Table(title=escape(intro), title_justify="left", caption=notes, caption_justify="left")
     for name in ("metric", "A", "B", "B - A", "95 % interval", "wins", "losses", "ties", "p"):
         metrics.add_column(name, justify="left" if name == "metric" else "right")
     for one in found.differences:
+        if not one.samples and one.a == one.b:
+            continue  # of the whole corpus, and the same
         cells = [escape(one.metric), f"{one.a:.4f}", f"{one.b:.4f}", f"{one.difference:+.4f}"]
         if one.interval is not None and one.p is not None:
             low, high = one.interval
