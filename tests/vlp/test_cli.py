@@ -143,11 +143,12 @@ def test_words_go_to_the_command_or_to_the_tree() -> None:
 
 
 def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipes"]) == 0
+    assert main(["recipes", "--names"]) == 0
     listed = {line.split()[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()}
     assert "ITC + ITM + MLM" in listed["pretrain/albef"]
-    assert main(["recipes", "pretrain/albef"]) == 0
-    assert "objectives:" in capsys.readouterr().out
+    assert main(["recipes", "pretrain/demo_small"]) == 0
+    printed = capsys.readouterr().out
+    assert from_yaml(printed)["base"] == "demo" and "# streams: dual, cross\n" in printed
 
 
 def test_show(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

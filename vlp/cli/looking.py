@@ -66,7 +66,8 @@ def show(arguments: Arguments, config: Any) -> None:
 
 def recipes_arguments(parser: Parser) -> None:
     """Declare the arguments of `vlp recipes`."""
-    parser.add_argument("recipe", nargs="?", help="print this one as it is written")
+    parser.add_argument("recipe", nargs="?", help="print this one as it is written, then its line in detail")
+    parser.add_argument("--names", action="store_true", help="names and first sentences alone")
 
 
 def recipes(arguments: Arguments, config: Any) -> None:
@@ -74,12 +75,31 @@ def recipes(arguments: Arguments, config: Any) -> None:
     from vlp.recipes import find_recipe, list_recipes
 
     if arguments.recipe is not None:
-        sys.stdout.write(find_recipe(arguments.recipe).read_text(encoding="utf-8"))
+        path = find_recipe(arguments.recipe)
+        sys.stdout.write(path.read_text(encoding="utf-8"))
+        if path.parent.name == "pretrain":
+            from vlp import survey
+
+            sys.stdout.write(survey.details(survey.survey(str(path))) + "\n")
         return
     names = list_recipes()
+    if not arguments.names:
+        print_survey([name for name in names if name.startswith("pretrain/")])
+        names = [name for name in names if not name.startswith("pretrain/")]
     width = max(map(len, names), default=0)
     for name in names:
         sys.stdout.write(f"{name:<{width}}  {headline(find_recipe(name))}\n")
+
+
+def print_survey(names: list[str]) -> None:
+    """Count every recipe's sizes and costs, saying how far it is, and print the table."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from vlp import survey
+
+    shown = track(names, "Counting weights and FLOPs", console=Console(stderr=True), transient=True)
+    print_result(survey.survey_table([survey.survey(name) for name in shown]))
 
 
 def headline(recipe: Path) -> str:
@@ -124,4 +144,4 @@ SHOW = Command("print a recipe's settings, the plan of a step, parameters and FL
 DEMO = Command(
     "pretrain, evaluate and finetune on data that comes with vlp, and write a report", demo_arguments, demo, demo_config
 )
-RECIPES = Command("list the recipes, or print one", recipes_arguments, recipes)
+RECIPES = Command("print the recipes as the survey's table, or one of them", recipes_arguments, recipes)
