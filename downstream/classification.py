@@ -232,7 +232,8 @@ class ClassificationConfig(TaskConfig):
         for one, row, scores in self._scored(parts, classes, score, self._known(samples, classes, bad)):
             number = classes.of(one.sample.key, need_label(one.sample, self.label))
             rank = int(class_ranks(scores[None], torch.tensor([number]))[0])
-            found.append((row | {"label": classes.names[number], "rank": rank}, number))
+            hits = {f"top-{k}": float(rank <= k) for k in (1, 5)}
+            found.append((row | {"label": classes.names[number], "rank": rank, "metrics": hits}, number))
         found, bad = gather(found), gather_bad(bad)
         if not found:
             raise ValueError(no_labels("val", len(reader), bad))

@@ -169,6 +169,9 @@ class DialogueConfig(TaskConfig):
             row if one.answer is None else row | {"answer": one.options[one.answer], "rank": row["ranks"][one.answer]}
             for row, one in found
         ]
+        for row in rows:
+            if "rank" in row:
+                row["metrics"] = {"MRR": 1 / row["rank"]} | {f"R@{k}": float(row["rank"] <= k) for k in (1, 5, 10)}
         floors = {"chance": _chance(rounds)}
         if survey is not None:
             floors["majority"] = _metrics(rounds, [survey.majority(one) for one in rounds])

@@ -28,7 +28,7 @@ Values = Mapping[Key, tuple[float, float]]
 RESULT = "result.json"
 PLAIN = ("accuracy", "correct", "exact")
 """Fields that are compared in rows without "metrics"."""
-TRUTH = ("direction", "question", "answers", "references", "true", "label", "text")
+TRUTH = ("direction", "question", "answers", "references", "targets", "true", "true box", "label", "text", "source")
 """Fields that say what the sample is, and cannot differ between two predictions of it."""
 RESAMPLES, LEVEL = 5000, 0.95
 
@@ -230,7 +230,7 @@ def most_changed(pairs: Values, first: Mapping[Key, Row], second: Mapping[Key, R
 def _said(one: Row, other: Row) -> tuple[str, str]:
     """What two predictions of a sample say, in the first field where they differ."""
     for name, value in one.items():
-        if name in (*TRUTH, "metrics", "key", "image") or isinstance(value, bool | int | float | dict):
+        if name in (*TRUTH, "metrics", "key", "image") or isinstance(value, bool | float | dict):
             continue
         if name in other and other[name] != value:
             return _short(value), _short(other[name])

@@ -163,6 +163,7 @@ class ReferringConfig(TaskConfig):
         for row, truth in zip(rows, truths, strict=True):
             assert truth.box is not None
             row |= {"true box": list(truth.box), "iou": iou(row["box"], truth.box)}
+            row["metrics"] = {"accuracy": float(found(row["box"], truth.box)), "mean IoU": row["iou"]}
         chosen = not self._writes(parts.model)
         floors = _floors(rows, truths, survey, chosen)
         return Result(_scores(rows, truths, [row["box"] for row in rows]), floors, rows, bad, _notes(truths, chosen))

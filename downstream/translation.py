@@ -161,7 +161,7 @@ class TranslationConfig(TaskConfig):
         if not rows:
             raise ValueError(no_labels("val", len(reader), bad))
         for row, given in zip(rows, targets, strict=True):
-            row["targets"] = list(given)
+            row |= {"targets": list(given), "metrics": {"exact match": float(row["translation"] in given)}}
         metrics, notes = self._score([row["translation"] for row in rows], targets)
         floors = {"copy": self._score([row["source"] for row in rows], targets, java=False)[0]}
         if survey is not None:
