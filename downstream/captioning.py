@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from downstream.metrics.captioning import caption_metrics, cider_d, rouge_l
 from downstream.metrics.java import JavaMetric, java_metrics
@@ -34,7 +35,8 @@ from downstream.task import (
     read_samples,
 )
 from encoders import TextConfig
-from objectives import LmConfig, ObjectiveConfig
+from encoders.types import Batch
+from objectives import LmConfig, ObjectiveConfig, Seq2SeqMlmConfig
 from objectives.base import Encode
 from objectives.lm import Lm
 from vlp.config import build
@@ -42,7 +44,8 @@ from vlp.data.fetch import Prepare, pair_example
 from vlp.data.loader import DataConfig
 from vlp.data.reader import Reader
 from vlp.fusion import NoFusionConfig
-from vlp.generate import GenerationConfig, generate_text
+from vlp.generate import GenerationConfig, generate_text, room_of, trim
+from vlp.generate_masked import generate_masked, masked_writer
 from vlp.model import Model
 
 if TYPE_CHECKING:
@@ -100,9 +103,14 @@ class CaptioningConfig(TaskConfig):
     def adapt(self, run: R, pretrained: Mapping[str, ObjectiveConfig], survey: CaptionSurvey) -> R:
         """Train the decoder on the image tokens; fusion and text blocks, which nothing else reads, are left out.
 
-        Where the user states further objectives (``--objectives.itm {}``), these keep the parts that they need.
+        Where the user states further objectives (``--objectives.itm {}``), these keep the parts that they need. A
+        checkpoint that writes by masks (BEiT-3's seq2seq_mlm) goes on so, unless lm is stated.
         """
         objectives, model = dict(run.objectives), run.model
+        by_masks = {name: one for name, one in pretrained.items() if isinstance(one, Seq2SeqMlmConfig)}
+        if "lm" not in objectives and (by_masks or any(isinstance(o, Seq2SeqMlmConfig) for o in objectives.values())):
+            model = model.model_copy(update={"decoder": None})
+            return run.model_copy(update={"model": model, "objectives": by_masks | objectives})
         known = pretrained.get("lm")
         if not (isinstance(known, LmConfig) and known.memory == "image"):
             known = LmConfig()
@@ -124,13 +132,15 @@ class CaptioningConfig(TaskConfig):
         return pair_example
 
     def lacks(self, model: Model) -> str | None:
-        """Captioning takes a decoder that reads images."""
-        return None if _writer(model) is not None else "a decoder over images (objective lm, memory image)"
+        """Captioning takes a decoder that reads images, or masks that become words (BEiT-3)."""
+        writes = _writer(model) is not None or masked_writer(model) is not None
+        return None if writes else "a decoder over images (objective lm, memory image)"
 
     def evaluate(self, parts: Parts, reader: Reader, survey: CaptionSurvey | None = None) -> Result:
         """Return CIDEr-D, BLEU-1..4, ROUGE-L, METEOR, SPICE and the share of exact matches, of all images.
 
-        Where images have a domain, also of each domain's, as a corpus of its own ("CIDEr-D/near-domain"). Exact match: equal to a reference after the metrics' own tokenisation (case and punctuation do not count).
+        Where images have a domain, also of each domain's, as a corpus of its own ("CIDEr-D/near-domain").
+        Exact match: equal to a reference after the metrics' own tokenisation (case and punctuation do not count).
         Floors: "most frequent caption", the commonest of the training data for every image; "nearest image", the first
         caption of the training image with the most similar pixels, and, where ``neighbours_by`` names a checkpoint, of
         the one with the most similar embedding.
@@ -221,19 +231,26 @@ class CaptioningConfig(TaskConfig):
             raise ValueError(
                 f"task captioning: this model lacks {missing}; finetune it with vlp finetune captioning first"
             )
-        assert model.decoder is not None
-        length = min(self.generation.max_length, model.decoder.embeddings.max_length)
-        generation = self.generation.model_copy(update={"max_length": length})
         for group, batch in batches(parts, samples, self.batch):
             with evaluating(model):
-                memory = model.run([Encode("image")], batch)[Encode("image")]
-                ids, scores = generate_text(
-                    model, memory, parts.tokenizer.vocabulary, generation, objective=_writer(model)
-                )
+                ids, scores = self._write(parts, batch)
             for one, each, score in zip(group, ids, scores.tolist(), strict=True):
                 known = {name: one.sample.fields[name] for name in CARRIED if name in one.sample.fields}
                 caption = parts.tokenizer.decode(each)
                 yield {"key": one.sample.key, "image": one.image, **known, "caption": caption, "score": score}
+
+    def _write(self, parts: Parts, batch: Batch) -> tuple[list[list[int]], Tensor]:
+        """Ids of a caption of each image, and their scores [B]."""
+        model, words = parts.model, parts.tokenizer.vocabulary
+        writer = _writer(model)
+        room = parts.run.data.max_length if writer is None else room_of(model)
+        length = min(self.generation.max_length, room)
+        generation = self.generation.model_copy(update={"max_length": length})
+        if writer is None:
+            found = generate_masked(model, batch.images["clean"], words, generation)
+            return trim(found.ids, 1, words.sep), found.scores
+        memory = model.run([Encode("image")], batch)[Encode("image")]
+        return generate_text(model, memory, words, generation, objective=writer)
 
     def _notes(self, references: Mapping[str, Sequence[str]], survey: CaptionSurvey | None) -> tuple[str, ...]:
         notes = [

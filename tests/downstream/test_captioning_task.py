@@ -1,4 +1,6 @@
 import json
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from downstream.captioning import CaptioningConfig, CaptionSurvey
 from downstream.evaluate import parts_of, result_table
 from downstream.finetune import finetune, finetune_config, finetune_table
 from downstream.metrics.captioning import caption_metrics
+from downstream.metrics.java import java_metrics
 from vlp.data.loader import DataConfig
 from vlp.data.reader import open_reader
 
@@ -86,7 +89,7 @@ def test_all_references_of_an_image_count_and_each_image_once(tmp_path):
     rows = [{"image": f"{color}.png", "caption": caption} for color, caption in pairs]
     table = toys.write_table(tmp_path / "t.csv", [*rows, {"image": "gone.png", "caption": "a red square"}])
     loaded = vlp.load(toys.checkpoint(tmp_path, ("itm", "lm")))
-    task, reader = CaptioningConfig(batch=1), open_reader(str(table))
+    task, reader = CaptioningConfig(batch=1, java=()), open_reader(str(table))
     data = loaded.config.data
     survey = task.survey(open_reader(str(table)), data)
     assert survey == CaptionSurvey("a blue square", 2, 4)
@@ -99,6 +102,61 @@ def test_all_references_of_an_image_count_and_each_image_once(tmp_path):
     unlabelled = toys.write_table(tmp_path / "own.csv", [{"image": "red.png"}])
     found = list(task.predict(parts_of(loaded, data), open_reader(str(unlabelled))))
     assert found[0]["caption"] == result.predictions[0]["caption"]
+
+
+def test_domains_are_corpora_of_their_own_and_submissions_name_the_images(tmp_path):
+    domains = {"red": "in-domain", "blue": "near-domain", "green": "near-domain", "yellow": "out-domain"}
+    rows = [
+        {"image": toys.picture(tmp_path / f"{color}.png", color), "image_id": str(i), "domain": domain}
+        | {"caption": f"a {color} square"}
+        for i, (color, domain) in enumerate(domains.items())
+    ]
+    table = toys.write_table(tmp_path / "nocaps.csv", rows)
+    loaded = vlp.load(toys.checkpoint(tmp_path, ("itm", "lm")))
+    task, parts = CaptioningConfig(java=()), parts_of(loaded, loaded.config.data)
+    result = task.evaluate(parts, open_reader(str(table)))
+    captions = {row["image_id"]: row["caption"] for row in result.predictions}
+    assert [row["domain"] for row in result.predictions] == list(domains.values())
+    for domain in set(domains.values()):
+        keys = [str(i) for i, one in enumerate(domains.values()) if one == domain]
+        truth = {key: [rows[int(key)]["caption"]] for key in keys}
+        for name, value in caption_metrics({key: captions[key] for key in keys}, truth).items():
+            assert result.metrics[f"{name}/{domain}"] == pytest.approx(value), "document frequencies are the domain's"
+    assert task.submission(result.predictions) == [
+        {"image_id": number, "caption": captions[str(number)]} for number in range(4)
+    ]
+    named = [{"image_id": "0054c91397f2fe05", "caption": "x"}, {"image_id": "12", "caption": "y"}]
+    assert task.submission(named) == named, "TextCaps has texts as ids, some all digits"
+    with pytest.raises(ValueError, match="image 7 has no field image_id"):
+        task.submission([{"key": "7", "caption": "x"}])
+
+
+def test_java_metrics_are_pycocoevalcaps_or_the_line_says_why_not(monkeypatch):
+    told, truth = {"a": "A dog!", "b": "two cats"}, {"a": ["a dog", "The dog"], "b": ["2 cats"]}
+
+    class Meteor:
+        def compute_score(self, gts, res):
+            assert (gts, res) == ({0: ["a dog", "the dog"], 1: ["2 cats"]}, {0: ["a dog"], 1: ["two cats"]})
+            return 0.25, [0.25, 0.25]
+
+    class Spice:
+        def __init__(self):
+            raise OSError("no models\nhere")
+
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    scores, reasons = java_metrics(told, truth, ("METEOR", "SPICE"))
+    assert not scores and [one.split(":")[0] for one in reasons] == ["no METEOR", "no SPICE"]
+    assert "install a Java runtime" in reasons[0]
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/java")
+    for name, scorer in (("meteor", Meteor), ("spice", Spice)):
+        module = ModuleType(f"pycocoevalcap.{name}.{name}")
+        setattr(module, scorer.__name__, scorer)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    scores, reasons = java_metrics(told, truth, ("METEOR", "SPICE"))
+    assert scores == {"METEOR": 0.25}
+    assert reasons == ["no SPICE: pycocoevalcap failed with OSError: no models here"]
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.meteor.meteor", None)
+    assert "pip install 'vlp[caption]'" in java_metrics(told, truth, ("METEOR",))[1][0]
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -23,6 +23,7 @@ def convert_arguments(parser: Parser) -> None:
     parser.add_argument("converter", metavar="NAME", help="the data set, see below")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="table to write, .jsonl")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images, each of which is looked for")
+    parser.add_argument("--dry-run", action="store_true", help="check the options and stop")
     takers: dict[str, list[str]] = {}
     flags: set[str] = set()
     for name, converter in CONVERTERS.items():
@@ -49,6 +50,9 @@ def convert(arguments: Arguments, config: Any) -> None:
     options = {one.name for converter in CONVERTERS.values() for one in parameters(converter)}
     given = {option: getattr(arguments, option) for option in sorted(options)}
     entries = CONVERTERS[name](**bind(name, CONVERTERS[name], given))
+    if arguments.dry_run:
+        logger.info("%s: not converted, the options are right", arguments.out)
+        return
     logger.info("%s: %s", arguments.out, write_rows(entries, arguments.out, arguments.images))
 
 
