@@ -117,9 +117,7 @@ class TranslationConfig(TaskConfig):
         labelled = self._labelled(read_samples(reader, data, bad, images=False), bad)
         counts = Counter(target for _, targets in labelled for target in targets)
         if not counts:
-            raise ValueError(
-                no_labels("train", len(reader), bad).replace("for answers, --task.answer", "--task.target")
-            )
+            raise ValueError(no_labels("train", len(reader), bad))
         target, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
         return TranslationSurvey(target, count, counts.total())
 
@@ -194,9 +192,7 @@ class TranslationConfig(TaskConfig):
             if targets:
                 yield one, targets
             else:
-                bad[one.sample.key] = (
-                    f"no {self.target}; its fields are {', '.join(sorted(one.sample.fields)) or 'none'}"
-                )
+                bad[one.sample.key] = f"no {self.target}; name the field of the translations with --task.target"
 
     def _translations(self, parts: Parts, samples: Iterator[EvalSample]) -> Iterator[dict[str, Any]]:
         """One row a sentence, in order."""
