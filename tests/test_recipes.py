@@ -15,7 +15,7 @@ from objectives.base import Draw
 from vlp.config import Config, configs_folder, list_recipes, load, restated
 from vlp.model import Model, ModelConfig, build_model
 from vlp.run import RunConfig, settle
-from vlp.show import meta_model, synthetic_batch
+from vlp.show import meta_model, synthetic_batches
 from vlp.train.optim import build_optimizer, check_parts, freeze_parts
 
 RECIPES = list_recipes("pretrain")
@@ -102,10 +102,14 @@ def test_step_on_the_meta_device(recipe):
     """Forward and backward: a tensor made on the wrong device, or a wait for the device, raises here."""
     run = resolved(recipe)
     model = meta_model(run).train()
-    batch = synthetic_batch(model, 8, run.data.max_length)
-    loss, outputs = model(batch, Draw(0))
-    loss.backward()
-    assert loss.is_meta and set(outputs) == set(run.objectives)
+    freeze_parts(model, run.train.optim)
+    trained = set()
+    for batch in synthetic_batches(model, run.data, 8, run.data.max_length):
+        loss, outputs = model(batch, Draw(0))
+        loss.backward()
+        assert loss.is_meta
+        trained |= set(outputs)
+    assert trained == set(run.objectives)
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -125,11 +129,11 @@ def test_step_on_a_cuda_device_that_is_not_there(recipe):
     """Forward only: backward would need a real context."""
     run = resolved(recipe)
     model = meta_model(run).train()
-    batch = synthetic_batch(model, 8, run.data.max_length, device="cpu")
+    batches = synthetic_batches(model, run.data, 8, run.data.max_length, device="cpu")
     with FakeTensorMode(allow_non_fake_inputs=True):
         move_empty(model, "cuda:0")
-        loss, _ = model(batch.to("cuda:0"), Draw(0))
-    assert loss.device == torch.device("cuda:0")
+        losses = [model(batch.to("cuda:0"), Draw(0))[0] for batch in batches]
+    assert {loss.device for loss in losses} == {torch.device("cuda:0")}
 
 
 def test_fake_device_finds_what_it_is_there_for():
@@ -151,10 +155,10 @@ def test_two_steps_when_shrunk(recipe):
     optimizer = build_optimizer(model, run.train.optim)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step in range(2):
-        batch = synthetic_batch(model, 6, 12, device="cpu", seen=6 * step)
         optimizer.zero_grad()
-        loss, _ = model(batch, Draw(0, step))
-        loss.backward()
+        for batch in synthetic_batches(model, run.data, 6, 12, device="cpu", seen=6 * step):
+            loss, _ = model(batch, Draw(0, step))
+            loss.backward()
         wrong = [
             n
             for n, p in model.named_parameters()

@@ -24,17 +24,34 @@ from torch.utils.flop_counter import FlopCounterMode
 from encoders.region import RegionConfig, RegionEncoder
 from encoders.types import Batch, Images, Modality, Regions, Texts, Tokens, Vocabulary
 from objectives.answer import Answer
-from objectives.base import AGAIN, Decode, Draw, Embed, Encode, Fused, Pass, Results, Rows, ViewText, draws_of
+from objectives.base import (
+    AGAIN,
+    Decode,
+    Draw,
+    Embed,
+    Encode,
+    Fuse,
+    Fused,
+    Pass,
+    Results,
+    Rows,
+    View,
+    ViewText,
+    draws_of,
+)
 from objectives.box import Box
 from objectives.itm import Itm
 from objectives.mrm import Mrm
 from objectives.pair_attention import PairAttention
 from vlp.config import to_yaml
 from vlp.data.batch import hide_patches, pad_texts
+from vlp.data.loader import DataConfig
+from vlp.data.sources import MAIN, Only, lacking
 from vlp.model import Model, build_model
 from vlp.parts import parameters_by_part
 from vlp.passes import Step, close, row_givers, views
 from vlp.run import RunConfig, settle
+from vlp.usage import image_views, text_views, usable
 
 
 @dataclass(frozen=True)
@@ -64,20 +81,30 @@ class Plan:
 def meta_model(run: RunConfig) -> Model:
     """Build the run's model on the meta device, without its published weights.
 
+    A run that has been trained says how many words its tokenizer found; a recipe, how many it may find at most.
+
     Raises:
         ValueError: the parts do not fit each other, or the vocabulary's size is not known.
     """
-    tokenizer = run.data.tokenizer
+    tokenizer, known = run.data.tokenizer, getattr(run.model.text, "vocabulary_size", None)
     with torch.device("meta"):
         return build_model(
             run.model,
             run.objectives,
             pretrained=False,
-            vocabulary_size=tokenizer.size if tokenizer.source == "train" else None,
+            vocabulary_size=tokenizer.size if tokenizer.source == "train" and known is None else None,
         )
 
 
-def synthetic_batch(model: Model, size: int, length: int, device: torch.device | str = "meta", seen: int = 0) -> Batch:
+def synthetic_batch(
+    model: Model,
+    size: int,
+    length: int,
+    device: torch.device | str = "meta",
+    seen: int = 0,
+    source: str = MAIN,
+    only: Only = None,
+) -> Batch:
     """Make a batch of ``size`` pairs that no data stand behind, with every view that the objectives read.
 
     Args:
@@ -86,32 +113,48 @@ def synthetic_batch(model: Model, size: int, length: int, device: torch.device |
         length: L of the clean text, special ids included.
         device: of its tensors; on "meta" nothing but shapes.
         seen: samples before this step.
+        source: of the data, whose objectives alone are asked.
+        only: the one modality that it brings.
     """
-    words = Vocabulary(model.text.word_embedding.shape[0], pad=0, cls=1, sep=2, mask=3, bos=1, eos=2)
-    draw = Draw()
-    texts: dict[str, Texts] = {}
-    ids = [draw.sample("words", position).integers(4, words.size, length) for position in range(size)]
-    starts = np.ones(length, dtype=bool)
-    starts[[0, -1]] = False
-    for row in ids:
-        row[[0, -1]] = words.cls, words.sep
-    texts["clean"] = pad_texts([ViewText(row) for row in ids], "full", words.pad, length)
-    for name, view in model.text_views().items():
-        key = draws_of(name, view)
-        made = [view.make(row, starts, words, draw.sample(key, position)) for position, row in enumerate(ids)]
-        texts[name] = pad_texts(made, view.attention, words.pad, length)
-    names = sorted(model.image_names())
-    number = torch.arange(size)
-    host = Batch(texts=texts, image_id=number, caption_id=number, position=number, seen=seen)
+    objectives, draw, number = usable(dict(model.named_objectives()), source, lacking(only)), Draw(), torch.arange(size)
+    texts = {} if only == "image" else _synthetic_texts(model, text_views(objectives), size, length)
+    host = Batch(texts=texts, image_id=number, caption_id=number, position=number, source=source, seen=seen)
     host = replace(host, targets=_synthetic_targets(model, size))
+    if only == "text":
+        return host.to(device)
+    names = sorted(model.image_names(objectives))
     if isinstance(model.vision, RegionEncoder):
         regions = _synthetic_regions(model, model.vision.config, size)
         shown = replace(regions, masked=None)
         return replace(host, images={name: regions if name == "masked" else shown for name in names}).to(device)
     side = model.vision.config.image_size
     pixels = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
-    hidden = hide_patches(Images(pixels), model.image_views(), range(size), 1, draw)
+    hidden = hide_patches(Images(pixels), image_views(objectives), range(size), 1, draw)
     return replace(host, images={name: hidden.get(name, Images(pixels)) for name in names}).to(device)
+
+
+def synthetic_batches(
+    model: Model, data: DataConfig, size: int, length: int, device: torch.device | str = "meta", seen: int = 0
+) -> list[Batch]:
+    """Make a batch of each source of the data; arguments as of :func:`synthetic_batch`."""
+    sources = {MAIN: data.only, **{name: one.only for name, one in data.sources.items()}}
+    return [synthetic_batch(model, size, length, device, seen, name, only) for name, only in sources.items()]
+
+
+def _synthetic_texts(model: Model, views: Mapping[str, View], size: int, length: int) -> dict[str, Texts]:
+    """Drawn words, and the views of them."""
+    words, draw = Vocabulary(model.text.word_embedding.shape[0], pad=0, cls=1, sep=2, mask=3, bos=1, eos=2), Draw()
+    ids = [draw.sample("words", position).integers(4, words.size, length) for position in range(size)]
+    starts = np.ones(length, dtype=bool)
+    starts[[0, -1]] = False
+    for row in ids:
+        row[[0, -1]] = words.cls, words.sep
+    texts = {"clean": pad_texts([ViewText(row) for row in ids], "full", words.pad, length)}
+    for name, view in views.items():
+        key = draws_of(name, view)
+        made = [view.make(row, starts, words, draw.sample(key, position)) for position, row in enumerate(ids)]
+        texts[name] = pad_texts(made, view.attention, words.pad, length)
+    return texts
 
 
 def _synthetic_targets(model: Model, size: int) -> dict[str, Tensor]:
@@ -158,18 +201,23 @@ def plan_rows(model: Model, batch: Batch) -> Plan:
     def users(wanted: Callable[[frozenset[Pass]], bool]) -> tuple[str, ...]:
         return tuple(name for name, objective in chosen.items() if wanted(close(objective.needs)))
 
+    def reads(modality: Modality, view: str, teacher: bool, passes: frozenset[Pass]) -> bool:
+        return view in views(one for one in passes if one.teacher == teacher)[modality]
+
+    def fuses(_: Modality, view: str, teacher: bool, passes: frozenset[Pass]) -> bool:
+        return any(isinstance(one, Fuse) and one.text == view and one.teacher == teacher for one in passes)
+
     def record(part: str, teacher: bool, module: nn.Module, args: tuple[Any, ...]) -> None:
         calls[f"teacher's {part}" if teacher else part] += 1
         if part in ("vision", "text"):
             given: Mapping[str, Any] = batch.images if part == "vision" else batch.texts
             modality: Modality = "image" if part == "vision" else "text"
-            view = next(name for name, value in given.items() if value is args[0])
+            view, begins_anew = _view_of(given, args[0])
             number = batch.num_images if part == "vision" else batch.num_texts
             asked = "clean" if view == AGAIN else view
-            by = users(lambda passes: asked in views(one for one in passes if one.teacher == teacher)[modality])
-            found.append(
-                PlanRow("encode", _reads(Encode(modality, view, teacher=teacher)), number / batch.num_texts, by)
-            )
+            what = _reads(Encode(modality, view, teacher=teacher)) + (", begun as fused texts are" * begins_anew)
+            by = users(partial(fuses if begins_anew else reads, modality, asked, teacher))
+            found.append(PlanRow("encode", what, number / batch.num_texts, by))
 
     def give_rows(results: Results) -> dict[str, Rows]:
         return {name: rows for one in chosen.values() for name, rows in one.rows(results, batch, draw).items()}
@@ -190,6 +238,14 @@ def plan_rows(model: Model, batch: Batch) -> Plan:
             by = users(lambda passes, one=one: one in passes)  # type: ignore[misc]
             found.append(PlanRow(type(one).__name__.lower(), _reads(one), _num_rows(result) / batch.num_texts, by))
     return Plan(found, calls)
+
+
+def _view_of(given: Mapping[str, Any], read: Any) -> tuple[str, bool]:
+    """Name of the view that an encoder reads, and whether the text begins with another id there (BLIP's [ENC])."""
+    found = next((name for name, value in given.items() if value is read), None)
+    if found is not None:
+        return found, False
+    return next(name for name, value in given.items() if value.keep is read.keep), True
 
 
 def _reads(one: Pass) -> str:
@@ -227,7 +283,14 @@ def flops(model: Model, batch: Batch) -> tuple[float, dict[str, float]]:
         return counter.get_total_flops() / max(batch.num_images, batch.num_texts)
 
     active = model.active(batch)
-    return count(list(active)), {name: count([*row_givers(active, name), name]) for name in active}
+    # The counter would hook the backward pass of what modules are given, and without gradients there is none.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        return count(list(active)), {name: count([*row_givers(active, name), name]) for name in active}
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def show(run: RunConfig) -> RenderableType:
@@ -238,11 +301,13 @@ def show(run: RunConfig) -> RenderableType:
     """
     run = settle(run)
     model = meta_model(run)
-    batch = synthetic_batch(model, run.train.micro_batch, run.data.max_length, seen=run.train.samples)
+    sizes: tuple[Any, ...] = run.train.micro_batch, run.data.max_length, "meta", run.train.samples
+    batch = synthetic_batch(model, *sizes, only=run.data.only)
     return Group(
         Syntax(to_yaml(run), "yaml", background_color="default", word_wrap=True),
         _plan_table(plan_rows(model, batch)),
         *([] if not run.train.sample else [_sampled(run.train.sample)]),
+        *([] if not run.data.sources else [_other_sources(model, run.data)]),
         _parameter_table(parameters_by_part(model)),
         _flops_table(*flops(model, batch)),
     )
@@ -272,6 +337,20 @@ def _sampled(sample: Mapping[str, float]) -> Text:
         f"{group.replace('+', ' with ')} in {100 * ratio / total:.0f} %" for group, ratio in sample.items()
     )
     return Text(f"Each step trains a part of this: {shares} of the steps")
+
+
+def _other_sources(model: Model, data: DataConfig) -> Text:
+    """Say what other data than pairs train."""
+    ratios = {MAIN: data.ratio, **{name: one.ratio for name, one in data.sources.items()}}
+    of = "samples of each step" if data.mix == "joint" else "steps"
+    said = [f"The plan is of data.train, which has {100 * data.ratio / sum(ratios.values()):.0f} % of the {of}"]
+    for name, one in data.sources.items():
+        trains = ", ".join(usable(dict(model.named_objectives()), name, lacking(one.only)))
+        what = f"{one.only}s alone" if one.only else "pairs"
+        said.append(
+            f"data.sources.{name} ({what}) has {100 * one.ratio / sum(ratios.values()):.0f} % and trains {trains}"
+        )
+    return Text("; ".join(said))
 
 
 def _parameter_table(parts: dict[str, int]) -> Table:

@@ -91,4 +91,4 @@ def test_padding_changes_nothing():
 def test_it_is_not_run_over_a_whole_step_at_once():
     """Its tokens do not fit into memory together; its candidates are those of a micro-batch."""
     model = tiny_model("none", {"token_itc": TokenItcConfig()})
-    assert whole_step_objectives(model, [tiny_batch(4)]) == []
+    assert whole_step_objectives(model, [tiny_batch(4), tiny_batch(4)]) == {}

@@ -26,6 +26,12 @@ Only: TypeAlias = Modality | None
 """The one modality that a source brings; None: both."""
 
 
+def lacking(only: Only) -> frozenset[Modality]:
+    """Return what a source does not bring."""
+    both: tuple[Modality, ...] = ("image", "text")
+    return frozenset(one for one in both if only is not None and one != only)
+
+
 class SourceConfig(Config):
     """Training data beside data.train: texts alone, images alone, or other pairs."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     from vlp.model import Model
 
+    Precision = Callable[[], AbstractContextManager]
+
 
 @dataclass(frozen=True)
 class StepContrast:
@@ -39,8 +42,8 @@ class StepContrast:
     """By objective."""
     counts: dict[str, Tensor]
     """Over how many terms of this rank each objective's mean goes."""
-    gradients: list[EmbedGradients]
-    """What each micro-batch's embeds receive."""
+    gradients: dict[int, EmbedGradients]
+    """What a micro-batch's embeds receive, by its number."""
 
 
 def seed_dropout(draw: Draw) -> None:
@@ -49,38 +52,68 @@ def seed_dropout(draw: Draw) -> None:
     torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
 
-def whole_step_objectives(model: Model, batches: Sequence[Batch], names: Iterable[str] | None = None) -> list[str]:
-    """Return the objectives that compare all pooled embeds of a step and read nothing else."""
-    active = [model.active(batch, names) for batch in batches]
-    return [
-        name
-        for name, objective in active[0].items()
-        if model.objective_configs[name].trains_embed
-        and all(isinstance(one, Embed) and not one.tokens for one in objective.needs)
-        and all(name in others for others in active)
-    ]
+def whole_step_objectives(
+    model: Model, batches: Sequence[Batch], names: Iterable[str] | None = None
+) -> dict[tuple[int, ...], list[str]]:
+    """Return the objectives that compare all pooled embeds of a step and read nothing else.
+
+    They stand under the numbers of the micro-batches that train them: all of a source, or of the step; one alone needs
+    nothing of this.
+
+    Raises:
+        ValueError: some share only a part of their micro-batches.
+    """
+    chosen = None if names is None else list(names)
+    active = [model.active(batch, chosen) for batch in batches]
+    found: dict[tuple[int, ...], list[str]] = {}
+    for name, objective in model.named_objectives():
+        needs = all(isinstance(one, Embed) and not one.tokens for one in objective.needs)
+        numbers = tuple(number for number, those in enumerate(active) if name in those)
+        if model.objective_configs[name].trains_embed and needs and len(numbers) > 1:
+            found.setdefault(numbers, []).append(name)
+    used = [number for numbers in found for number in numbers]
+    if len(set(used)) < len(used):
+        raise ValueError(
+            f"objectives {sorted(chain.from_iterable(found.values()))} are trained by sources of which some are the "
+            "same; give them one source, or none"
+        )
+    return found
 
 
 def contrast_step(
     model: Model,
     batches: Sequence[Batch],
     draws: Sequence[Draw],
-    names: Sequence[str],
+    names: Iterable[str] | None,
     totals: Mapping[str, Tensor],
-    precision: Callable[[], AbstractContextManager],
+    precision: Precision,
 ) -> StepContrast:
-    """Run the objectives ``names`` once over all micro-batches of the step and all ranks.
+    """Run the objectives that compare all embeds of a step once over all its micro-batches and all ranks.
 
     Args:
         model: not wrapped; it is run without gradient.
         batches: this rank's micro-batches.
         draws: each one's randomness.
-        names: from :func:`whole_step_objectives`.
+        names: only these objectives; None: all.
         totals: each objective's count over all ranks and micro-batches.
         precision: the autocast context of a forward.
     """
+    whole = StepContrast({}, {}, {})
+    for numbers, wanted in whole_step_objectives(model, batches, names).items():
+        own, own_draws = [batches[number] for number in numbers], [draws[number] for number in numbers]
+        embeds = _all_embeds(model, own, own_draws, wanted, precision)
+        outputs, counts, gradients = _contrast(model, own, own_draws[0], wanted, embeds, totals, precision)
+        whole.outputs.update(outputs)
+        whole.counts.update(counts)
+        whole.gradients.update(zip(numbers, gradients, strict=True))
+    return whole
+
+
+def _all_embeds(
+    model: Model, batches: Sequence[Batch], draws: Sequence[Draw], names: Sequence[str], precision: Precision
+) -> dict[Embed, list[Tensor]]:
+    """The embeds that objectives read, [B, E] or [T, E] of each micro-batch, without gradient; the teacher's last."""
     every = sorted((one for one in model.needs(names) if isinstance(one, Embed)), key=repr)
-    passes = [one for one in every if not one.teacher]
     parts: dict[Embed, list[Tensor]] = {one: [] for one in every}
     for batch, draw in zip(batches, draws, strict=True):
         seed_dropout(draw)
@@ -88,6 +121,20 @@ def contrast_step(
             results = model.run(every, batch)  # the teacher's last, so that dropout draws the same in the second run
         for one in every:
             parts[one].append(results[one])
+    return parts
+
+
+def _contrast(
+    model: Model,
+    batches: Sequence[Batch],
+    draw: Draw,
+    names: Sequence[str],
+    parts: Mapping[Embed, list[Tensor]],
+    totals: Mapping[str, Tensor],
+    precision: Precision,
+) -> tuple[dict[str, LossOutput], dict[str, Tensor], list[EmbedGradients]]:
+    """Outputs and counts of the objectives, and what the embeds of each micro-batch receive."""
+    passes = [one for one in parts if not one.teacher]
     # Leaves of a graph of their own: the loss below reaches the embeds and the temperature, not the model.
     embeds = [torch.cat(parts[one]).requires_grad_() for one in passes]
     known = model.new_results()
@@ -97,13 +144,13 @@ def contrast_step(
     )
     joined, seen = join_pairs(batches), Results(scales, biases)
     seen.update(zip(passes, embeds, strict=True))
-    seen.update({one: torch.cat(parts[one]) for one in every if one.teacher})
+    seen.update({one: torch.cat(parts[one]) for one in parts if one.teacher})
     outputs, counts, terms = {}, {}, []
     with precision():
         for name in names:
             objective = model.objectives[name]
             assert isinstance(objective, Objective)
-            outputs[name] = objective(seen, joined, draws[0])
+            outputs[name] = objective(seen, joined, draw)
             count = objective.count(joined)
             counts[name] = (
                 count.float() if isinstance(count, Tensor) else torch.full((), count, device=embeds[0].device)
@@ -124,7 +171,7 @@ def contrast_step(
         )
         for number, of_batch in enumerate(zip(*cut, strict=True))
     ]
-    return StepContrast(outputs, counts, gradients)
+    return outputs, counts, gradients
 
 
 def join_pairs(batches: Sequence[Batch]) -> Batch:

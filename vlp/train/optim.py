@@ -34,8 +34,8 @@ class OptimConfig(Config):
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest norm of the whole gradient; none = not clipped."""
     lr_scale: dict[str, float] = Field(default_factory=dict)
-    """Multiplies the learning rate of parts, by the beginning of the parameter's name; the longest wins
-    (METER: `fusion: 5.0` and `objectives: 5.0`); 0 freezes (LiT: `vision: 0.0`)."""
+    """Multiplies the learning rate of parts, by the beginning of the parameter's name, in which a word may be `*`; the
+    longest wins (METER: `fusion: 5.0` and `objectives: 5.0`); 0 freezes (LiT: `vision: 0.0`)."""
     fused: bool | None = None
     """One kernel for the whole update; none = on CUDA."""
     ema: float | None = Field(default=None, gt=0, lt=1)
@@ -102,11 +102,12 @@ def check_parts(lr_scale: Iterable[str], names: Iterable[str]) -> None:
 def scale_of(name: str, lr_scale: dict[str, float]) -> float:
     """Return the multiplier of the longest part that a parameter lies in, 1 if in none."""
     found = [part for part in lr_scale if _within(name, part)]
-    return lr_scale[max(found, key=len)] if found else 1.0
+    return lr_scale[max(found, key=lambda part: (part.count("."), -part.count("*")))] if found else 1.0
 
 
 def _within(name: str, part: str) -> bool:
-    return name == part or name.startswith(f"{part}.")
+    words, wanted = name.split("."), part.split(".")
+    return len(words) >= len(wanted) and all(w in ("*", word) for word, w in zip(words, wanted, strict=False))
 
 
 def learning_rate(config: OptimConfig, seen: float, total: int) -> float:

@@ -13,7 +13,7 @@ from objectives.mrm import Mrm
 from vlp.data.fetch import Fetch, Prepare, image_example, pair_example
 from vlp.data.loader import Loader
 from vlp.data.regions import NAMES, RegionLayout
-from vlp.data.sources import MAIN, Only, source_seed
+from vlp.data.sources import MAIN, Only, lacking, source_seed
 from vlp.data.transforms import TrainTransform
 from vlp.model import Model
 from vlp.train.config import TrainConfig
@@ -103,7 +103,7 @@ def trained_by(model: Model, sources: Mapping[str, Only]) -> dict[str, dict[str,
             )
     found = {}
     for source, only in sources.items():
-        found[source] = usable(every, source, () if only is None else {"image", "text"} - {only})  # type: ignore[arg-type]
+        found[source] = usable(every, source, lacking(only))
         if not found[source]:
             where = "data" if source == MAIN else f"data.sources.{source}"
             what = "pairs" if only is None else f"{only}s alone"

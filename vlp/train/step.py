@@ -22,8 +22,8 @@ from encoders.types import Batch
 from objectives.base import Draw, LossOutput
 from objectives.collectives import rank, sum_no_grad, world_size
 from objectives.itc import ItcConfig
-from vlp.model import EmbedGradients, Model, global_counts
-from vlp.train.accumulate import StepContrast, contrast_step, seed_dropout, whole_step_objectives
+from vlp.model import Model, global_counts
+from vlp.train.accumulate import contrast_step, seed_dropout
 from vlp.train.adversarial import AdversarialConfig, Adversary
 from vlp.train.optim import OptimConfig, build_average, build_optimizer, learning_rate, set_learning_rate
 
@@ -166,23 +166,37 @@ class TrainStep:
         draws = [Draw(self.seed, started, rank() * number + index) for index in range(number)]
         counts = [self.model.counts(batch, names) for batch in batches]
         totals = global_counts(sum_by_name(counts))
-        contrast = StepContrast({}, {}, [])
-        if number > 1 and (whole := whole_step_objectives(self.model, batches, names)):
-            contrast = contrast_step(self.model, batches, draws, whole, totals, self._precision)
+        contrast = contrast_step(self.model, batches, draws, names, totals, self._precision)
+        several = len({batch.source for batch in batches}) > 1
         terms = [(contrast.outputs, contrast.counts)]
         for index, (batch, draw) in enumerate(zip(batches, draws, strict=True)):
-            received: EmbedGradients | None = contrast.gradients[index] if contrast.gradients else None
+            received = contrast.gradients.get(index)
             chosen = [name for name in counts[index] if name not in contrast.outputs]
             forward = partial(self._forward, batch, draw, totals, chosen, received)
+            crossing = index == last and not several
             if self.adversary is None:
-                with self._sync(index == last):
+                with self._sync(crossing):
                     loss, outputs = forward()
                     loss.backward()
             else:
-                sync = partial(self._sync_if, index == last)
+                sync = partial(self._sync_if, crossing)
                 outputs = self.adversary.backward(forward, chosen, started, 1 / number, sync)
             terms.append((outputs, counts[index]))
+        if several:
+            self._average_gradients()
         return self._mean(terms, totals)
+
+    def _average_gradients(self) -> None:
+        """Average the gradients over ranks, where DDP cannot: its last backward sees only what the last source trains.
+
+        All ranks have the same sources in the same order, so the same parameters have a gradient.
+        """
+        if not isinstance(self.wrapped, DistributedDataParallel):
+            return
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        joined = sum_no_grad(torch.cat([one.flatten() for one in gradients])) / world_size()
+        for one, mean in zip(gradients, joined.split([one.numel() for one in gradients]), strict=True):
+            one.copy_(mean.view_as(one))
 
     def _forward(self, batch: Batch, draw: Draw, *rest: Any) -> tuple[Tensor, dict[str, LossOutput]]:
         """Run the wrapped model; the same again gives the same."""
