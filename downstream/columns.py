@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from downstream.task import TaskConfig
 from vlp.data.columns import ANSWER_COLUMNS, SYNONYMS, first_known, image_column
 from vlp.data.loader import DataConfig
 from vlp.data.reader import Reader, open_reader
-from vlp.data.table import TableReader
+from vlp.data.table import TABLE_SUFFIXES, TableReader
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ PARTS = {
 def open_table(data: DataConfig, spec: str | tuple[str, ...] | None) -> TableReader | None:
     """Return the first table of a data set with all its columns as fields; None where it is no table."""
     first = spec if spec is None or isinstance(spec, str) else (spec[0] if spec else None)
-    if first is None:
-        return None
+    if first is None or not (Path(first).suffix in TABLE_SUFFIXES or list(Path(first).glob("metadata.*"))):
+        return None  # shards are not opened only to see that they are none
     reader: Reader = open_reader(first, image=(), text="", root=data.root)
     return reader if isinstance(reader, TableReader) else None
 

@@ -314,15 +314,20 @@ def finetune_table(run: FinetuneConfig, done: Finetuned) -> Table | None:
     lines = [] if done.lacked is None else [f"before: n/a, the checkpoint lacks {done.lacked}"]
     lines += [str(table.caption)] if table.caption else []
     if done.forgetting is not None:
-        lines.append(_told(run, *done.forgetting))
+        lines.append(_add_forgetting(table, run, done.before is not None, *done.forgetting))
     table.caption = "\n".join(lines)
     return table
 
 
-def _told(run: FinetuneConfig, before: dict[str, float] | str, after: dict[str, float] | str) -> str:
-    """Zero-shot retrieval before and after, in one line."""
+def _add_forgetting(
+    table: Table, run: FinetuneConfig, two: bool, before: dict[str, float] | str, after: dict[str, float] | str
+) -> str:
+    """Add zero-shot retrieval before and after to the table, in one column or ``two``; return what it is."""
     if isinstance(before, str) or isinstance(after, str):
         return f"zero-shot retrieval: n/a, {before if isinstance(before, str) else after}"
-    shown = ", ".join(f"{name} {before[name]:.3f} -> {after[name]:.3f}" for name in before if name in after)
+    table.add_section()
+    for name in (name for name in before if name in after):
+        shown = [f"{before[name]:.3f}", f"{after[name]:.3f}"]
+        table.add_row(f"zero-shot {name}", *(shown if two else [" -> ".join(shown)]))
     spec = run.tune.probe if isinstance(run.tune.probe, str) else ", ".join(run.tune.probe or ())
-    return f"zero-shot retrieval on {spec}, by the checkpoint and with the finetuned weights in it: {shown}"
+    return f"zero-shot: retrieval on {spec} by the checkpoint, and with the finetuned weights in it"

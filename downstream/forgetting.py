@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 IMAGES, FEW = 100, 32
 """Images that are searched; few where a model without embeddings must match all pairs."""
+CANDIDATES = 10
+"""Of each query, that a matching head scores again."""
 METRICS = ("i2t/R@1", "t2i/R@1", "i2t_any/R@1")
 
 
@@ -34,7 +36,7 @@ def probe(loaded: Loaded, spec: str | tuple[str, ...], finetuned: Model | None =
         finetuned: a model whose weights take the place of the checkpoint's own wherever both have them; what
             finetuning left out (the text tower of a captioner) stays the checkpoint's.
     """
-    task = RetrievalConfig()
+    task = RetrievalConfig(k=CANDIDATES)
     if (missing := task.lacks(loaded.model)) is not None:
         return f"the checkpoint lacks {missing}"
     if isinstance(loaded.model.config.vision, RegionConfig):
