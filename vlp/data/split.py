@@ -7,6 +7,7 @@ split anywhere, and shuffled rows or renamed files change nothing.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,11 @@ from vlp.data.records import IMAGE_EXTENSIONS, digest
 
 LARGEST = 5000
 """Images that are held out at most, whatever their share."""
+
+MANY = 20_000
+"""Samples whose reading is announced."""
+
+logger = logging.getLogger(__name__)
 
 Half = Literal["train", "val"]
 
@@ -98,6 +104,8 @@ def split_by_image(reader: Reader, share: float) -> Split:
 
 
 def _split(reader: Reader, share: float) -> Split:
+    if len(reader) > MANY:
+        logger.info("reading %s images, so that the split has none in both halves", f"{len(reader):,}")
     images = same_images(reader)
     known = sorted({image for image in images if image is not None})
     if len(known) < 2:
