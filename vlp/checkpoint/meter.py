@@ -1,4 +1,4 @@
-"""METER (Dou et al. 2022) as its authors save it: CLIP's ViT, RoBERTa or BERT, and co-attention; all its tasks.
+"""METER (Dou et al. 2022) as its authors save it: CLIP's ViT or Swin, RoBERTa or BERT, and co-attention; all its tasks.
 
 Sizes come from the weights. The heads of the fusion are ``config["num_heads"]``, those of CLIP's tower
 ``config["vision_heads"]`` and those of the text tower ``config["text_heads"]``, else width / 64 as published.
@@ -11,12 +11,14 @@ from typing import Any
 
 from vlp.checkpoint.bert_stack import CROSS, LAYER, embeddings
 from vlp.checkpoint.clip import IMAGE_BLOCK, TOWER, image_pairs, patch_tower
-from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
+from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, shapes_of
 from vlp.checkpoint.names import Pair, blocks
+from vlp.checkpoint.swin import swin_buffers, swin_pairs, swin_side, swin_tower
 from vlp.checkpoint.vilt import HEADS, head_objectives, heads_left_out, num_heads, rename_read, swap_modalities
-from vlp.data.presets import meter_clip
+from vlp.data.presets import meter_clip, meter_imagenet
 
-_VISUAL, _TEXT, _CROSS = "vit_model.visual.", "text_transformer.", "cross_modal_{side}_layers."
+_VISUAL, _SWIN, _TEXT = "vit_model.visual.", "vit_model.", "text_transformer."
+_CROSS = "cross_modal_{side}_layers."
 
 
 def _recognise(shapes: Shapes, config: Mapping[str, Any]) -> bool:
@@ -24,11 +26,10 @@ def _recognise(shapes: Shapes, config: Mapping[str, Any]) -> bool:
 
 
 def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
-    if f"{_VISUAL}class_embedding" not in shapes:
-        raise ValueError("METER checkpoint: its vision tower is not CLIP's ViT; METER with Swin is not read")
     assumed: list[str] = []
     width, memory = shapes["cross_modal_text_transform.weight"]
-    vision = _vision(shapes, config, assumed)
+    swin = _is_swin(shapes)
+    vision = _swin(shapes, config, assumed) if swin else _vision(shapes, config, assumed)
     roberta = _is_roberta(shapes, config)
     length = _positions(shapes) - (2 if roberta else 0)
     tree = {
@@ -56,6 +57,7 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
                 "project": True,
                 "modality_embedding": True,
                 "pooler": "concat",
+                "image_pool": "mean" if swin else "first",
                 "images": "each" if "nlvr2_classifier.0.weight" in shapes else "one",
             },
         },
@@ -67,6 +69,26 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         },
     }
     return Recipe(tree, tuple(assumed))
+
+
+def _is_swin(names: Mapping[str, Any]) -> bool:
+    """Whether the vision tower is Swin.
+
+    Raises:
+        ValueError: it is neither that nor CLIP's ViT.
+    """
+    swin = f"{_SWIN}layers.0.blocks.0.attn.relative_position_bias_table" in names
+    if not swin and f"{_VISUAL}class_embedding" not in names:
+        raise ValueError(
+            "METER checkpoint: its vision tower is neither CLIP's ViT nor Swin, which are those it is read with"
+        )
+    return swin
+
+
+def _swin(shapes: Shapes, config: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:
+    side, said = swin_side(shapes, _SWIN, config.get("image_size"))
+    assumed += said
+    return swin_tower(shapes, _SWIN, side, meter_imagenet(side))
 
 
 def _vision(shapes: Shapes, config: Mapping[str, Any], assumed: list[str]) -> dict[str, Any]:
@@ -129,12 +151,14 @@ def cross_names(prefix: str = "") -> tuple[Pair, ...]:
     )
 
 
-_NAMES = (
-    *embeddings(_TEXT, "text."),
-    *blocks(f"{_TEXT}encoder.layer.{{n}}.", "text.blocks.{n}.", LAYER),
+_CLIP_NAMES = (
     Pair(f"{_VISUAL}conv1.weight", TOWER + "patch_embed.proj.weight"),
     *image_pairs(_VISUAL, "positional_embedding", "class_embedding", ("ln_pre", "ln_post")),
     *visual_blocks(_VISUAL),
+)
+_NAMES = (
+    *embeddings(_TEXT, "text."),
+    *blocks(f"{_TEXT}encoder.layer.{{n}}.", "text.blocks.{n}.", LAYER),
     Pair("cross_modal_text_transform.{p}", "fusion.text_project.{p}"),
     Pair("cross_modal_image_transform.{p}", "fusion.image_project.{p}"),
     *cross_names(),
@@ -143,9 +167,12 @@ _NAMES = (
 _IGNORED = {
     r"text_transformer\.embeddings\.position_ids": "counted",
     r"text_transformer\.pooler\..+": "not used by METER",
+}
+_CLIP_IGNORED = {
     r"vit_model\.(?!visual\.).+": "CLIP's text tower, not used by METER",
     r"vit_model\.visual\.proj": "CLIP's projection, not used by METER",
 }
+_SWIN_IGNORED = {r"vit_model\.head\..+": "Swin's classifier, not used by METER", **swin_buffers(_SWIN)}
 
 
 def last_image_layer(state: State, prefix: str = "") -> str:
@@ -155,7 +182,10 @@ def last_image_layer(state: State, prefix: str = "") -> str:
 
 
 def _rename(state: State) -> Renamed:
-    return rename_read(_NAMES, state, _IGNORED | heads_left_out(state, last_image_layer(state)))
+    swin = _is_swin(state)
+    names = (*_NAMES, *(swin_pairs(shapes_of(state), _SWIN) if swin else _CLIP_NAMES))
+    ignored = _IGNORED | (_SWIN_IGNORED if swin else _CLIP_IGNORED)
+    return rename_read(names, state, ignored | heads_left_out(state, last_image_layer(state)))
 
 
 FAMILY = Family("meter", _recognise, _recipe, _rename)

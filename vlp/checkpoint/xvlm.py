@@ -6,7 +6,6 @@ JSON files) as mappings of what those files hold.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -25,14 +24,12 @@ from vlp.checkpoint.bert_stack import (
 from vlp.checkpoint.clip import patch_tower
 from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers, names_there, shapes_of
 from vlp.checkpoint.names import Pair, added_axes, blocks, rename_pairs
+from vlp.checkpoint.swin import swin_buffers, swin_pairs, swin_side, swin_tower
 from vlp.data.presets import albef_blip
 
 VISION = "vision_encoder."
 REGION_DEPTH = 4
 """Blocks of a ViT that see only a region, in the authors' code and configs."""
-_SWIN: dict[str | tuple[str, ...], str | tuple[str, ...]] = {
-    name: name for name in ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-}
 _CLIP: dict[str | tuple[str, ...], str | tuple[str, ...]] = {
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): "attn.qkv",
     "self_attn.out_proj": "attn.proj",
@@ -44,7 +41,7 @@ _CLIP: dict[str | tuple[str, ...], str | tuple[str, ...]] = {
 _IGNORED = {
     r"text_(encoder|decoder)\.(bert\.)?embeddings\.position_ids": "counted anew",
     r"vision_encoder\.position_ids": "counted anew",
-    r"vision_encoder\.layers\..*\.(relative_position_index|attn_mask)": "made anew from the sizes",
+    **swin_buffers(VISION),
 }
 
 
@@ -95,7 +92,8 @@ def _vision(shapes: Shapes, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
     given = given if isinstance(given, Mapping) else {}
     depth = {"region_depth": given.get("local_attn_depth", REGION_DEPTH)}
     if _tower(shapes) == "swin":
-        return _swin(shapes, config)
+        side, assumed = swin_side(shapes, VISION, config.get("image_res"))
+        return swin_tower(shapes, VISION, side, albef_blip(side)) | {"mean_token": True}, assumed
     if _tower(shapes) == "deit":
         found, assumed = vit_recipe(shapes, "vision_encoder", given)
         return found | depth, assumed
@@ -118,39 +116,6 @@ def _vision(shapes: Shapes, config: Mapping[str, Any]) -> tuple[dict[str, Any], 
         resize="bicubic",
     )
     return found | depth, said
-
-
-def _swin(shapes: Shapes, config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    layers = f"{VISION}layers."
-    stages = count_layers(shapes, re.escape(layers) + r"(\d+)\.")
-    tables = [shapes[f"{layers}{n}.blocks.0.attn.relative_position_bias_table"] for n in range(stages)]
-    window = (math.isqrt(tables[0][0]) + 1) // 2
-    patch = shapes[f"{VISION}patch_embed.proj.weight"]
-    side, assumed = config.get("image_res"), tuple[str, ...]()
-    shifted = shapes.get(f"{layers}0.blocks.1.attn_mask")
-    if side is None and shifted is not None:  # one mask a window of the first stage
-        side = math.isqrt(shifted[0]) * window * patch[2]
-    if side is None:
-        side = 32 * window
-        assumed = (f"images of {side} pixels (windows of {window} cells)",)
-    preset = albef_blip(side)
-    return {
-        "kind": "grid",
-        "model": "swin_base_patch4_window7_224",
-        "image_size": side,
-        "mean_token": True,
-        "mean": preset.mean,
-        "std": preset.std,
-        "arguments": {
-            "img_size": side,
-            "patch_size": patch[2],
-            "embed_dim": patch[0],
-            "depths": [count_layers(shapes, re.escape(f"{layers}{n}.blocks.") + r"(\d+)\.") for n in range(stages)],
-            "num_heads": [table[1] for table in tables],
-            "window_size": window,
-            "mlp_ratio": shapes[f"{layers}0.blocks.0.mlp.fc1.weight"][0] / patch[0],
-        },
-    }, assumed
 
 
 def _objectives(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,22 +169,7 @@ def _vision_table(shapes: Shapes) -> tuple[Pair, ...]:
             Pair(f"{VISION}post_layernorm.{{p}}", "vision.vit.norm.{p}"),
             *blocks(f"{VISION}encoder.layers.{{n}}.", "vision.vit.blocks.{n}.", _CLIP),
         )
-    pairs = [
-        Pair(f"{VISION}{name}.{{p}}", f"vision.body.{name}.{{p}}")
-        for name in ("patch_embed.proj", "patch_embed.norm", "norm")
-    ]
-    for stage in range(count_layers(shapes, re.escape(f"{VISION}layers.") + r"(\d+)\.")):
-        theirs, ours = f"{VISION}layers.{stage}.", f"vision.body.layers.{stage}."
-        pairs += blocks(f"{theirs}blocks.{{n}}.", f"{ours}blocks.{{n}}.", _SWIN)
-        relative = "blocks.{n}.attn.relative_position_bias_table"
-        pairs.append(Pair(theirs + relative, ours + relative))
-        # The authors shrink the map at a stage's end, timm at the next one's beginning.
-        pairs += blocks(
-            f"{theirs}downsample.",
-            f"vision.body.layers.{stage + 1}.downsample.",
-            {"norm": "norm", "reduction": "reduction"},
-        )
-    return tuple(pairs)
+    return swin_pairs(shapes, VISION)
 
 
 def rename(state: State) -> Renamed:

@@ -36,6 +36,9 @@ class DualStreamConfig(BesideConfig):
     """Map both streams linearly to `width` first (METER), also where the widths agree already."""
     pooler: PoolerKind = "cls"
     """How `pooled` is made."""
+    image_pool: Literal["first", "mean"] = "first"
+    """What of the image stream the pooler reads: its first state, or the mean of all (METER with Swin, which has no
+    class token)."""
     images: ImagesPerText | Literal["parallel", "alternate"] = "one"
     """Images per text: one; two laid behind each other (`pair`); two that the text is fused with one after the other
     (`each`: NLVR2 in METER); two that every block of `cross` reads at once, each by a cross-attention of its own
@@ -241,12 +244,21 @@ class DualStream(nn.Module):
         seen = None
         if image is not None and len(self.image_blocks) == len(self.blocks):
             image = self.image_norm(image)
-            seen = Tokens(image, image_keep, image[:, 0], tuple(every_image) if every_image else None)
+            first = mean_of(image, image_keep) if self.config.image_pool == "mean" else image[:, 0]
+            seen = Tokens(image, image_keep, first, tuple(every_image) if every_image else None)
         text = Tokens(states, keep, states[:, 0], tuple(every) if every else None)
         pooled = states.new_zeros(states.shape[0], 0)
         if self.pooler is not None and (seen is not None or not self.pooler.reads_image):
             pooled = self.pooler(None if seen is None else seen.pooled, text.pooled)
         return Fused(seen, text, pooled)
+
+
+def mean_of(states: Tensor, keep: Tensor | None) -> Tensor:
+    """Mean [M, D] of a row's states [M, N, D], of those alone that it keeps [M, N]."""
+    if keep is None:
+        return states.mean(1)
+    weight = keep[..., None].to(states.dtype)
+    return (states * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def take_turns(index: Tensor | None) -> list[Tensor | None]:

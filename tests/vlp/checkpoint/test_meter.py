@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from albef_reference import Names, attend, bert, bert_layer, linear, norm, some_texts
-from standins import GOLDENS, Weights, stand_in, verdict
+from standins import GOLDENS, Weights, random_weights, stand_in, verdict
 from torch import Tensor
 from torch.nn import functional as F
 
 import vlp
 from scripts.goldens.base import Case
+from vlp.data.presets import IMAGENET_MEAN
 
 RECORDED = ["meter_infer", "meter_mlm", "meter_itm"]
 WIDTH, TEXT, MEMORY, HEADS, LAYERS, PATCH, SIDE = 24, 16, 32, 4, 2, 8, 4
@@ -76,8 +80,16 @@ def visual(weights: Weights, pixels: Tensor) -> Tensor:
     return norm(weights, f"{VISUAL}ln_post", x, 1e-5)
 
 
-def infer(weights: Weights, ids: Tensor, keep: Tensor, pixels: Tensor, kind: int = 1) -> Weights:
-    found = {"vit": visual(weights, pixels)}
+def infer(
+    weights: Weights,
+    ids: Tensor,
+    keep: Tensor,
+    pixels: Tensor,
+    kind: int = 1,
+    tower: Callable[[Weights, Tensor], Tensor] = visual,
+    mean: bool = False,
+) -> Weights:
+    found = {"vit": tower(weights, pixels)}
     x = linear(weights, "cross_modal_text_transform", bert(weights, "text_transformer.", ids, keep, 2))
     y = linear(weights, "cross_modal_image_transform", found["vit"])
     found |= {"text_transformed": x, "image_transformed": y}
@@ -90,7 +102,8 @@ def infer(weights: Weights, ids: Tensor, keep: Tensor, pixels: Tensor, kind: int
             bert_layer(weights, image, y, places, HEADS, x, words),
         )
         found |= {f"cross_text_{number}": x, f"cross_image_{number}": y}
-    pooled = [linear(weights, f"cross_modal_{n}_pooler.dense", s[:, 0]).tanh() for n, s in (("text", x), ("image", y))]
+    read = {"text": x[:, 0], "image": y.mean(1) if mean else y[:, 0]}
+    pooled = [linear(weights, f"cross_modal_{side}_pooler.dense", one).tanh() for side, one in read.items()]
     return found | {"text_feats": x, "image_feats": y, "cls_feats": torch.cat(pooled, 1)}
 
 
@@ -193,8 +206,58 @@ def test_entailment_and_larger_images(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.model.vision.vit.pos_embed[0], torch.cat([table[:1], wanted]))
 
 
-def test_swin_is_refused(tmp_path: Path) -> None:
+SWIN = {"img_size": 32, "patch_size": 4, "embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2), "window_size": 2}
+
+
+def test_swin(tmp_path: Path) -> None:
+    """Its tower is timm's here, under the authors' names; the pooler reads the mean of the image's states."""
+    body = timm.create_model("swin_base_patch4_window7_224", num_classes=0, **SWIN).eval()
+    theirs = {name: re.sub(r"layers\.1\.downsample", "layers.0.downsample", name) for name in body.state_dict()}
+    made = names()
+    for name in [name for name in made.state if name.startswith("vit_model.")]:
+        del made.state[name]
+    drawn = random_weights({name: tuple(one.shape) for name, one in body.state_dict().items()}, 3)
+    made.state |= {f"vit_model.{theirs[name]}": tensor for name, tensor in drawn.items()}
+    made.linear("cross_modal_image_transform", WIDTH, 16)
+    (ids, keep), pixels = some_texts(3), images(2)
+
+    def reference(weights: Weights) -> Weights:
+        own = {name: weights[f"vit_model.{there}"] for name, there in theirs.items()}
+
+        def tower(_: Weights, x: Tensor) -> Tensor:
+            return torch.func.functional_call(FeaturesOf(body).eval(), {f"body.{n}": t for n, t in own.items()}, (x,))
+
+        return infer(weights, ids, keep, pixels, tower=tower, mean=True)
+
+    given = {**authors_inputs(ids, keep), "image.0": pixels}
+    case = stand_in(tmp_path / "meter_swin_infer", made.state, given, reference, CONFIG, **FILE)
+    state = torch.load(case.weights, weights_only=True)["state_dict"]
+    state["vit_model.layers.0.blocks.1.attn_mask"] = torch.zeros(16, 4, 4)  # from which the image size follows
+    state["vit_model.head.weight"] = torch.zeros(5, 16)
+    torch.save({"state_dict": state}, case.weights)
+    found = verdict(case)
+    assert found.passed, found.line()
+    loaded = vlp.load(case.weights, config=CONFIG)
+    assert loaded.model.config.vision.image_size == 32 and loaded.model.config.vision.mean == IMAGENET_MEAN
+    assert loaded.config.data.transform.resize == "shortest"
+    assert {"vit_model.head.weight", "vit_model.layers.0.blocks.1.attn_mask"} <= {
+        name.partition(" ")[0] for name in loaded.report.ignored
+    }
+
+
+class FeaturesOf(torch.nn.Module):
+    """A Swin's cells, [B, N, D]."""
+
+    def __init__(self, body: torch.nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.body.forward_features(pixels).flatten(1, 2)
+
+
+def test_another_tower_is_refused(tmp_path: Path) -> None:
     state = {name: one for name, one in names().state.items() if not name.startswith("vit_model.")}
-    torch.save({"state_dict": {**state, "vit_model.patch_embed.proj.bias": torch.zeros(4)}}, tmp_path / "swin.ckpt")
-    with pytest.raises(ValueError, match="METER with Swin is not read"):
-        vlp.load(tmp_path / "swin.ckpt")
+    torch.save({"state_dict": {**state, "vit_model.patch_embed.proj.bias": torch.zeros(4)}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="neither CLIP's ViT nor Swin"):
+        vlp.load(tmp_path / "other.ckpt")
