@@ -78,9 +78,10 @@ def _objectives(shapes: Shapes, config: Mapping[str, Any], width: int, activatio
 
 
 def _answers(config: Mapping[str, Any], number: int) -> list[str]:
-    """The labels of config.json; without them NLVR2's two verdicts, or numbers."""
+    """The labels of config.json; without them (or with transformers' LABEL_0) NLVR2's two verdicts, or numbers."""
     labels = {int(key): str(label) for key, label in (config.get("id2label") or {}).items()}
-    if set(labels) == set(range(number)):
+    named = any(label != f"LABEL_{key}" for key, label in labels.items())
+    if set(labels) == set(range(number)) and named:
         return [labels[key] for key in range(number)]
     return list(RELATIONS) if number == len(RELATIONS) else numbered(number)
 

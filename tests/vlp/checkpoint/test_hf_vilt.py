@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,10 @@ def patches_in_order() -> Iterator[None]:
 
 def build(name: str, sizes: dict[str, Any], seed: int) -> Any:
     more = {"modality_type_vocab_size": 3, "num_images": 2} if name == "hf_vilt_nlvr2" else {}
-    labels = {"hf_vilt_vqa": 7, "hf_vilt_nlvr2": 2}.get(name)
+    labels = {"hf_vilt_vqa": [f"answer {n}" for n in range(7)], "hf_vilt_nlvr2": ["False", "True"]}.get(name)
     config = ViltConfig(
         **{"vocab_size": WORDS, "intermediate_size": 40, "max_position_embeddings": 16, **sizes, **more},
-        **({} if labels is None else {"id2label": {n: f"answer {n}" for n in range(labels)}}),
+        **({} if labels is None else {"id2label": dict(enumerate(labels))}),
     )
     return randomise(CLASSES[name](config), seed)
 
@@ -157,6 +158,13 @@ def test_what_transformers_4_stored(tmp_path: Path) -> None:
 def test_labels_are_answers(tmp_path: Path) -> None:
     build("hf_vilt_vqa", SIZES[0], 0).save_pretrained(tmp_path)
     assert vlp.load(tmp_path).config.objectives["answer"].answers == tuple(f"answer {n}" for n in range(7))
+
+
+def test_labels_that_transformers_made_up_are_none(tmp_path: Path) -> None:
+    build("hf_vilt_nlvr2", SIZES[0], 0).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}))
+    assert vlp.load(tmp_path).config.objectives["relate"].answers == ("False", "True")
 
 
 def test_queries_without_bias_are_refused(tmp_path: Path) -> None:
