@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vlp.config import Config
+from vlp.train.layer_decay import layer_scales
 
 
 class OptimConfig(Config):
@@ -36,6 +37,8 @@ class OptimConfig(Config):
     lr_scale: dict[str, float] = Field(default_factory=dict)
     """Multiplies the learning rate of parts, by the beginning of the parameter's name, in which a word may be `*`; the
     longest wins (METER: `fusion: 5.0` and `objectives: 5.0`); 0 freezes (LiT: `vision: 0.0`)."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Multiplies the learning rate once for each block from the heads down (BEiT 0.65 to 0.9); 1 = all alike."""
     fused: bool | None = None
     """One kernel for the whole update; none = on CUDA."""
     ema: float | None = Field(default=None, gt=0, lt=1)
@@ -63,10 +66,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> AdamW:
     if not named:
         raise ValueError("the model has no trainable parameter; unfreeze a part")
     check_parts(config.lr_scale, (name for name, _ in model.named_parameters()))
+    layers = layer_scales(model, config.layer_decay) if config.layer_decay < 1 else {}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         decay = config.weight_decay if parameter.ndim > 1 else 0.0
-        groups.setdefault((decay, scale_of(name, config.lr_scale)), []).append(parameter)
+        scale = scale_of(name, config.lr_scale) * layers.get(name, 1.0)
+        groups.setdefault((decay, scale), []).append(parameter)
     fused = named[0][1].device.type == "cuda" if config.fused is None else config.fused
     return AdamW(
         [

@@ -1,0 +1,67 @@
+"""Layer-wise decay of the learning rate: the nearer a parameter is to the pixels and words, the less it moves.
+
+Clark et al. 2020 (ELECTRA) and Bao et al. 2022 (BEiT): with L blocks, the heads learn at the full rate, block i (from
+1) at decay ** (L + 1 - i), the embeddings at decay ** (L + 1).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+PARTS = ("vision", "text", "fusion", "decoder")
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Return the multiplier of every parameter, by name.
+
+    The fusion's blocks stand above those of the towers, a decoder's above what it reads; what is in no part
+    (projections, objectives' heads) is at the top.
+
+    Args:
+        model: with parts ``vision``, ``text``, ``fusion`` and ``decoder``, of which some may be missing.
+        decay: of one block, 0 < decay <= 1.
+    """
+    parts = {name: part for name in PARTS if isinstance(part := getattr(model, name, None), nn.Module)}
+    levels = {name: levels_of(part) for name, part in parts.items()}
+    fusion, decoder = (levels[name][0] if name in levels else 0 for name in ("fusion", "decoder"))
+    if getattr(getattr(parts.get("decoder"), "config", None), "memory", "image") == "image":
+        above = {"vision": max(fusion, decoder), "text": max(fusion, decoder), "fusion": 0}  # beside each other
+    else:
+        above = {"vision": fusion + decoder, "text": fusion + decoder, "fusion": decoder}
+    found = {name: 1.0 for name, _ in model.named_parameters()}
+    for name, (_, own) in levels.items():
+        for inner, level in own.items():
+            if f"{name}.{inner}" in found:  # a shared one counts where it appears first
+                found[f"{name}.{inner}"] = decay ** (level + above.get(name, 0))
+    return found
+
+
+def levels_of(part: nn.Module) -> tuple[int, dict[str, int]]:
+    """Return a part's blocks, and how many of them each parameter is away from its output, its own included.
+
+    The blocks are the longest numbered list of modules; what comes before it are embeddings, one below the first block;
+    what comes after it is at the output.
+    """
+    names = [name for name, _ in part.named_parameters()]
+    prefixes = [_numbered(name) for name in names]
+    lists = Counter(prefix for prefix, _ in {one for one in prefixes if one is not None})
+    if not lists:
+        return 0, dict.fromkeys(names, 1)
+    stack, number = lists.most_common(1)[0]
+    first = next(index for index, one in enumerate(prefixes) if one is not None and one[0] == stack)
+    found = {}
+    for index, (name, one) in enumerate(zip(names, prefixes, strict=True)):
+        if one is not None and one[0] == stack:
+            found[name] = number - one[1]
+        else:
+            found[name] = number + 1 if index < first else 0
+    return number, found
+
+
+def _numbered(name: str) -> tuple[str, int] | None:
+    """The list of modules that a parameter is in, and its number there; None if in none."""
+    words = name.split(".")
+    at = next((index for index, word in enumerate(words) if word.isdigit()), None)
+    return None if at is None else (".".join(words[:at]), int(words[at]))
