@@ -196,6 +196,8 @@ class VqaConfig(TaskConfig):
         for row, one in zip(rows, asked, strict=True):
             truth = one.truth
             row |= {"answers": list(truth.answers) or dict(truth.scores), "accuracy": truth.accuracy(row["answer"])}
+            if one.gqa is not None and not one.gqa.balanced:  # it only shows consistency
+                row["metrics"] = {}  # so that two runs are not compared by it
         floors: dict[str, dict[str, float]] = {}
         if survey is not None:
             floors["majority"] = self._score(rows, asked, [survey.answers[0]] * len(rows))

@@ -1,5 +1,7 @@
 """VQA accuracy on cases worked by hand from the official definition."""
 
+import random
+
 import pytest
 
 from downstream.metrics import normalize_answer, soft_targets, vqa_accuracy, vqa_metrics
@@ -28,6 +30,27 @@ def test_every_subset_of_nine_gives_the_same_as_the_counts():
     for prediction in {*answers, "green"}:
         by_hand = [min(1, (answers[:i] + answers[i + 1 :]).count(prediction) / 3) for i in range(10)]
         assert vqa_accuracy(prediction, answers) == pytest.approx(sum(by_hand) / 10)
+
+
+def test_two_hundred_random_questions_equal_the_definition():
+    """The mean over annotators of min(1, others who said it / 3), in all, by answer type and by question type."""
+    draw = random.Random(0)
+    words = ["yes", "no", "2", "red", "blue", "dog"]
+    answers = [draw.choices(words[: draw.randint(2, 6)], k=10) for _ in range(240)]
+    predictions = [draw.choice(words) for _ in answers]
+    types = [draw.choice(["yes/no", "number", "other"]) for _ in answers]
+    kinds = [draw.choice(["is the", "how many", "none of the above"]) for _ in answers]
+    by_hand = [
+        sum(min(1, sum(one == said for j, one in enumerate(ten) if j != i) / 3) for i in range(10)) / 10
+        for said, ten in zip(predictions, answers)
+    ]
+    result = vqa_metrics(predictions, answers, types, kinds)
+    assert result.per_question == pytest.approx(by_hand, abs=1e-9)
+    assert result.accuracy == pytest.approx(sum(by_hand) / 240, abs=1e-9)
+    for found, given in ((result.per_answer_type, types), (result.per_question_type, kinds)):
+        for name, value in found.items():
+            chosen = [score for score, one in zip(by_hand, given) if one == name]
+            assert value == pytest.approx(sum(chosen) / len(chosen), abs=1e-9)
 
 
 def test_a_single_answer_is_exact_match_after_normalisation():
