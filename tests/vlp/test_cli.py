@@ -165,7 +165,7 @@ def test_pretrain_leaves_a_run(run: Path) -> None:
     config = stored_config(run / "checkpoints" / "000000000016")
     assert config.train.samples == 16 and config.data.hash is not None
     scores = json.loads((run / "retrieval" / "result.json").read_text())  # of data.val
-    assert scores["counts"] == {"samples": 32, "bad": 0} and 0 <= scores["metrics"]["t2i/R@1"] <= 1
+    assert (scores["counts"]["samples"], scores["counts"]["bad"]) == (32, 0) and 0 <= scores["metrics"]["t2i/R@1"] <= 1
 
 
 def test_validation_data_are_opened_before_training(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

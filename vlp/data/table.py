@@ -277,7 +277,7 @@ def _extension(name: str) -> str:
 def _check_column(option: str, name: str, columns: Sequence[str], table: str) -> None:
     if name not in columns:
         raise ValueError(
-            f"{option}: '{table}' has no column '{name}'; name one with --{option}, columns: {', '.join(columns)}"
+            f"{option}: '{table}' has no column '{name}'; columns: {', '.join(columns)}; name one with --{option}"
         )
 
 
