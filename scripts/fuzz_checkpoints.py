@@ -174,13 +174,30 @@ def spoilt(tree: Any, draw: random.Random) -> Any:
             if value is GONE:
                 del place[name]
             else:
-                place[name] = value
+                place[name] = copy.copy(value)
             break
     return found
 
 
 GONE = object()
-ODD = (GONE, None, -1, 0, 7, 10**6, 0.5, "gelu", "../../secret", "", [], {}, [1, 2], {"x": 1}, True, float("nan"))
+ODD: tuple[Any, ...] = (
+    GONE,
+    None,
+    -1,
+    0,
+    7,
+    10**6,
+    0.5,
+    "gelu",
+    "../../secret",
+    "",
+    [],
+    {},
+    [1, 2],
+    {"x": 1},
+    True,
+    float("nan"),
+)
 SETTINGS = ("config.json", "open_clip_config.json", "preprocessor_config.json", "config.yaml")
 MUTATIONS = (truncate, flip_bits, flip_bits, rename_keys, reshape, poison, bomb, damage_settings)
 

@@ -301,8 +301,8 @@ def show(run: RunConfig) -> RenderableType:
     """
     run = settle(run)
     model = meta_model(run)
-    sizes: tuple[Any, ...] = run.train.micro_batch, run.data.max_length, "meta", run.train.samples
-    batch = synthetic_batch(model, *sizes, only=run.data.only)
+    size, length = run.train.micro_batch, run.data.max_length
+    batch = synthetic_batch(model, size, length, seen=run.train.samples, only=run.data.only)
     return Group(
         Syntax(to_yaml(run), "yaml", background_color="default", word_wrap=True),
         _plan_table(plan_rows(model, batch)),

@@ -12,6 +12,7 @@ from test_recipes import RECIPES, resolved, shrink
 
 from objectives.base import Draw
 from vlp.cli import main
+from vlp.cli.looking import stored
 from vlp.config import load
 from vlp.recipes import dump_yaml, read_tree
 from vlp.run import RunConfig
@@ -132,7 +133,7 @@ FORMAT_1 = Path(__file__).parent / "checkpoint" / "format_1"
 
 
 @pytest.mark.parametrize("what", ["config.yaml", "checkpoint", "run", "run with a config"])
-def test_runs_are_shown(tmp_path, capsys, what):
+def test_runs_are_shown(tmp_path, capsys, monkeypatch, what):
     """Their tokenizer found fewer words than it may have at most."""
     run = tmp_path / "run"
     shutil.copytree(FORMAT_1, run / "checkpoints" / "000000000064")
@@ -141,6 +142,9 @@ def test_runs_are_shown(tmp_path, capsys, what):
     shown = {"config.yaml": FORMAT_1 / "config.yaml", "checkpoint": FORMAT_1}.get(what, run)
     assert main(["show", str(shown)]) == 0
     assert "itm alone" in capsys.readouterr().out
+    (tmp_path / "siglip_b16").mkdir()  # a recipe's name stays one
+    monkeypatch.chdir(tmp_path)
+    assert stored("siglip_b16") == "siglip_b16" and stored("run").startswith("run")
 
 
 def test_a_finetuned_run_is_shown_and_its_recipe_is_not(tmp_path, capsys):

@@ -60,7 +60,7 @@ def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     """Return what a file is in our words."""
     encodes, decodes = ENCODER + WORDS in shapes, DECODER + WORDS in shapes
     text = read_stack(shapes, ENCODER if encodes else DECODER)
-    known, notes = section(config, "text_config"), []
+    known, notes = section(config, "text_config"), list[str]()
     heads = known.get("num_attention_heads", 8)
     if not known:
         heads = max(1, text.width // 64)

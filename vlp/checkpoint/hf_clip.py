@@ -109,7 +109,7 @@ _ALT_NAMES = (
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Return a tower's part of config.json; older files hold what was set in a second one."""
     older, found = config.get(f"{name}_dict") or {}, config.get(name) or {}
-    return ChainMap(older, found)  # type: ignore[arg-type]  # only read
+    return ChainMap(older, found)
 
 
 def activation_of(tower: Mapping[str, Any], default: str) -> str:

@@ -24,19 +24,21 @@ def show_config(arguments: Arguments, flags: list[str]) -> Config:
     Raises:
         ValueError: there is none, or it is a finetuning's recipe, which says nothing without a checkpoint.
     """
-    from downstream.finetune import FinetuneConfig
     from vlp.checkpoint.migrate import migrate
     from vlp.flags import from_command_line
     from vlp.recipes import list_recipes, load_recipe
     from vlp.run import RunConfig
 
-    recipe, kind = arguments.recipe, RunConfig
+    kind: type[RunConfig] = RunConfig
+    recipe = arguments.recipe
     if recipe is None and "--help" not in flags:
         raise ValueError("vlp show: name a recipe (vlp recipes lists them)")
     if recipe is not None:
         recipe = f"finetune/{recipe}" if f"finetune/{recipe}" in list_recipes("finetune") else stored(recipe)
         trees = [layer.tree for layer in load_recipe(recipe, group="pretrain", migrate=migrate)]
         if any("task" in tree for tree in trees):
+            from downstream.finetune import FinetuneConfig  # takes a second
+
             kind = FinetuneConfig
             if not any(tree.get("init") for tree in trees):
                 raise ValueError(
@@ -48,11 +50,12 @@ def show_config(arguments: Arguments, flags: list[str]) -> Config:
 
 
 def stored(recipe: str) -> str:
-    """Return the config file in the folder of a run or checkpoint; another word as it is."""
+    """Return the config file in the folder of a run or checkpoint; another word, or a recipe's name, as it is."""
     from vlp.checkpoint.native import CONFIG, find_checkpoint
+    from vlp.recipes import list_recipes
 
     folder = Path(recipe)
-    if not folder.is_dir():
+    if not folder.is_dir() or {recipe, f"pretrain/{recipe}"} & set(list_recipes()):
         return recipe
     return str(folder / CONFIG if (folder / CONFIG).is_file() else find_checkpoint(folder) / CONFIG)
 
