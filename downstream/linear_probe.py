@@ -1,8 +1,8 @@
 """Linear probe: logistic regression on the frozen features of an image (Radford et al. 2021, CLIP, section 3.2).
 
-The penalty is chosen on a held-out part of the training images, then all of them are fitted. Data: images with a label,
-see ``downstream.classification``; `data.train` is what is fitted, also for predictions. All training features are held in
-memory, in float64 while they are fitted (8 GiB for ImageNet's 1.3 million images of 768 features).
+The penalty is chosen on a held-out part of the training images, then all of them are fitted. Their features are held in
+memory, in float64 while they are fitted: 8 GiB for ImageNet's 1.3 million images of 768 features.
+Data: images with a label, see ``downstream.classification``; `data.train` is what is fitted, also for predictions.
 Shapes: n images, D features, C classes.
 """
 

@@ -159,7 +159,7 @@ class TranslationConfig(TaskConfig):
         if not rows:
             raise ValueError(no_labels("val", len(reader), bad))
         for row, given in zip(rows, targets, strict=True):
-            row |= {"targets": list(given), "metrics": {"exact match": float(row["translation"] in given)}}
+            row |= {"targets": list(given), "metrics": {"exact match": float(_is_exact(row["translation"], given))}}
         metrics, notes = self._score([row["translation"] for row in rows], targets)
         floors = {"copy": self._score([row["source"] for row in rows], targets, java=False)[0]}
         if survey is not None:
@@ -223,7 +223,7 @@ class TranslationConfig(TaskConfig):
     ) -> tuple[dict[str, float], list[str]]:
         """Metrics and how they were computed."""
         bleu, signature = bleu4(translations, targets, lowercase=self.lowercase, tokenizer=self.tokenizer)
-        exact = [_plain(one) in [_plain(target) for target in given] for one, given in zip(translations, targets)]
+        exact = [_is_exact(one, given) for one, given in zip(translations, targets, strict=True)]
         metrics = {BLEU: bleu, "exact match": sum(exact) / len(exact)}
         notes = [f"BLEU-4 is in 0..1 (papers print 100 times it), sacrebleu {signature}"]
         if java:
@@ -261,6 +261,11 @@ def unwritable(tokenizer: Tokenizer, targets: Sequence[Sequence[str]]) -> float:
         known = set(re.findall(r"\w+", tokenizer.decode(tokenizer.encode(target, 512)[0].tolist()).lower()))
         total, lost = total + len(words), lost + sum(word not in known for word in words)
     return lost / max(total, 1)
+
+
+def _is_exact(translation: str, targets: Sequence[str]) -> bool:
+    """Whether the words are those of a target; case and punctuation do not count."""
+    return _plain(translation) in [_plain(target) for target in targets]
 
 
 def _plain(text: str) -> str:
