@@ -290,6 +290,8 @@ def _constrain(scores: Tensor, ids: Tensor, config: GenerationConfig, eos: int) 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
     """Return the probabilities [N, V] of the fewest words that sum to ``top_p`` (at least one), others 0."""
+    if top_p == 1:  # every word: rounding must not cut off the rare ones
+        return logits.softmax(1)
     ordered, words = logits.softmax(1).sort(1, descending=True)
     outside = ordered.cumsum(1) - ordered >= top_p  # what stands before a word is enough already
     return torch.zeros_like(ordered).scatter(1, words, ordered.masked_fill(outside, 0.0))

@@ -4,11 +4,13 @@ import pytest
 import torch
 from transformers import BertConfig, BertLMHeadModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from encoders import PatchConfig, TextConfig
 from encoders.text import rename_bert
 from encoders.types import Tokens, Vocabulary
 from objectives import LmConfig
+from objectives.base import Draw
 from vlp.decoder import DecoderConfig
 from vlp.fusion import NoFusionConfig
 from vlp.generate import GenerationConfig, generate, generate_text, nucleus, trim
@@ -74,14 +76,15 @@ def memory() -> Tokens:
 
 def reference(model: BertLMHeadModel, memory: Tokens, prompt: torch.Tensor, config: GenerationConfig):
     cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
-    beam = config.method == "beam"
+    beam, draws = config.method == "beam", config.method == "nucleus"
+    sampling = {"top_p": config.top_p, "temperature": config.temperature, "top_k": 0} if draws else {}
     return model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         encoder_hidden_states=memory.states,
         encoder_attention_mask=memory.keep.long(),
         past_key_values=cache,
-        do_sample=False,
+        do_sample=draws,
         num_beams=config.beams if beam else 1,
         max_length=config.max_length,
         min_length=config.min_length,
@@ -89,6 +92,7 @@ def reference(model: BertLMHeadModel, memory: Tokens, prompt: torch.Tensor, conf
         return_dict_in_generate=True,
         output_scores=True,
         **({"length_penalty": config.length_penalty, "early_stopping": config.early_stopping} if beam else {}),
+        **sampling,
     )
 
 
@@ -96,27 +100,75 @@ CASES = {
     "greedy": {},
     "greedy, min length": {"min_length": 9},
     "greedy, repetition penalty": {"repetition_penalty": 1.7},
+    "greedy, both": {"min_length": 9, "repetition_penalty": 0.8},
     "beam": {"method": "beam"},
     "beam, early stopping": {"method": "beam", "early_stopping": True},
+    "beam, min length": {"method": "beam", "min_length": 10},
+    "beam, repetition penalty": {"method": "beam", "repetition_penalty": 1.7, "beams": 4},
+    "beam, by log-probability alone": {"method": "beam", "length_penalty": 0.0},
     "beam, short texts": {"method": "beam", "length_penalty": -1.0},
     "beam, long texts": {"method": "beam", "length_penalty": 2.0, "beams": 5},
     "beam, BLIP": {"method": "beam", "min_length": 6, "repetition_penalty": 1.1, "early_stopping": True},
 }
 
 
+PROMPTS = {"bos": [[2]] * 5, "prompt": [[2, 9, 7], [2, 30, 11], [2, 8, 8], [2, 21, 5], [2, 6, 35]]}
+
+
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize(
-    "prompt", [[[2]] * 5, [[2, 9, 7], [2, 30, 11], [2, 8, 8], [2, 21, 5], [2, 6, 35]]], ids=["bos", "prompt"]
-)
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 def test_equals_transformers(pair, memory, prompt, settings):
     theirs, ours = pair
     config = GenerationConfig(**({"max_length": 14} | settings))
     prompt = torch.tensor(prompt)
     expected = reference(theirs, memory, prompt, config)
-    ids, scores = generate_text(ours, memory, WORDS, config, prompt)
-    assert ids == trim(expected.sequences, prompt.shape[1], WORDS.eos)
-    if config.method == "beam":
-        torch.testing.assert_close(scores, expected.sequences_scores, atol=1e-4, rtol=1e-4)
+    for use_cache in (True, False):
+        ids, scores = generate_text(ours, memory, WORDS, config, prompt, use_cache=use_cache)
+        assert ids == trim(expected.sequences, prompt.shape[1], WORDS.eos)
+        if config.method == "beam":
+            torch.testing.assert_close(scores, expected.sequences_scores, atol=1e-4, rtol=1e-4)
+
+
+NUCLEI = {
+    "all words": {"top_p": 1.0},
+    "nucleus": {"top_p": 0.8, "temperature": 1.5},
+    "BLIP": {"top_p": 0.9, "min_length": 8, "repetition_penalty": 1.1},
+}
+
+
+@pytest.mark.parametrize("settings", NUCLEI.values(), ids=NUCLEI.keys())
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
+def test_nucleus_equals_transformers_with_the_same_draws(pair, memory, prompt, settings, monkeypatch):
+    """Their draw of a word is replaced by ours: what is drawn from stays theirs."""
+    theirs, ours = pair
+    prompt, written = torch.tensor(prompt), set()
+    for seed in range(3):
+        config = GenerationConfig(method="nucleus", max_length=14, seed=seed, **settings)
+        length = iter(range(prompt.shape[1], 14))
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                torch,
+                "multinomial",
+                lambda weights, num_samples, seed=seed, length=length: Draw(seed, next(length)).categorical(
+                    "generate.nucleus", weights
+                )[:, None],
+            )
+            expected = trim(reference(theirs, memory, prompt, config).sequences, prompt.shape[1], WORDS.eos)
+        for use_cache in (True, False):
+            assert generate_text(ours, memory, WORDS, config, prompt, use_cache=use_cache)[0] == expected
+        written |= {tuple(text) for text in expected}
+    assert len(written) > 10, "the draws differ"
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.75, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_what_is_drawn_from_equals_transformers_warpers(top_p, temperature):
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(3)) * 3
+    warped = TemperatureLogitsWarper(temperature)(None, logits)
+    expected = (TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped).softmax(1)
+    kept = nucleus(logits / temperature, top_p)
+    assert torch.equal(kept > 0, expected > 0)
+    torch.testing.assert_close(kept / kept.sum(1, keepdim=True), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_the_cases_end_early_and_late(pair, memory):
