@@ -1,4 +1,4 @@
-"""Commands about checkpoints as files: inspect, push."""
+"""Commands about checkpoints as files: inspect, push, interpolate."""
 
 from __future__ import annotations
 
@@ -59,5 +59,26 @@ def push(arguments: Arguments, config: Any) -> None:
     logger.info("pushed to %s", address)
 
 
+def interpolate_arguments(parser: Parser) -> None:
+    """Declare the arguments of `vlp interpolate`."""
+    parser.add_argument("first", help="pretrained checkpoint or run")
+    parser.add_argument("second", help="the one finetuned from it")
+    parser.add_argument("--alpha", type=float, default=0.5, help="share of the second, 0 to 1 (0.5)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+
+
+def interpolate(arguments: Arguments, config: Any) -> None:
+    """Run `vlp interpolate`."""
+    from vlp.checkpoint.interpolate import write_between
+    from vlp.checkpoint.load import load
+
+    models = load(arguments.first), load(arguments.second)
+    write_between(*models, arguments.alpha, arguments.out, arguments.command)
+    logger.info("wrote %s", arguments.out)
+
+
 INSPECT = Command("tell what a checkpoint is, ours or another project's", inspect_arguments, inspect)
 PUSH = Command("upload a checkpoint with its model card to the hub", push_arguments, push)
+INTERPOLATE = Command(
+    "mix the weights of a checkpoint and one finetuned from it (WiSE-FT)", interpolate_arguments, interpolate
+)

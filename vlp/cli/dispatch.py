@@ -27,6 +27,7 @@ COMMANDS = {
     "inspect": checkpoints.INSPECT,
     "convert": convert.CONVERT,
     "push": checkpoints.PUSH,
+    "interpolate": checkpoints.INTERPOLATE,
     "data check": data.CHECK,
     "data convert": data.CONVERT,
 }
