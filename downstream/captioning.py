@@ -104,7 +104,8 @@ class CaptioningConfig(TaskConfig):
         """Train the decoder on the image tokens; fusion and text blocks, which nothing else reads, are left out.
 
         Where the user states further objectives (``--objectives.itm {}``), these keep the parts that they need. A
-        checkpoint that writes by masks (BEiT-3's seq2seq_mlm) goes on so, unless lm is stated.
+        checkpoint that writes by masks (BEiT-3's seq2seq_mlm) goes on so, unless lm is stated; one that writes with its
+        fusion (GIT's lm of memory beside) does too.
         """
         objectives, model = dict(run.objectives), run.model
         by_masks = {name: one for name, one in pretrained.items() if isinstance(one, Seq2SeqMlmConfig)}
@@ -112,6 +113,9 @@ class CaptioningConfig(TaskConfig):
             model = model.model_copy(update={"decoder": None})
             return run.model_copy(update={"model": model, "objectives": by_masks | objectives})
         known = pretrained.get("lm")
+        if model.decoder is None and isinstance(known, LmConfig) and known.memory == "beside":
+            stated = objectives.get("lm", known).model_copy(update={"memory": "beside", "view": known.view})
+            return run.model_copy(update={"objectives": objectives | {"lm": stated}})
         if not (isinstance(known, LmConfig) and known.memory == "image"):
             known = LmConfig()
         objectives["lm"] = objectives.get("lm", known).model_copy(update={"memory": "image", "view": "causal"})
@@ -267,12 +271,9 @@ class CaptioningConfig(TaskConfig):
 
 
 def _writer(model: Model) -> str | None:
-    """Name of the objective whose head writes captions."""
-    if model.decoder is None:
-        return None
-    return next(
-        (n for n, one in model.objectives.items() if isinstance(one, Lm) and one.config.memory == "image"), None
-    )
+    """Name of the objective whose head writes captions, with the decoder or, where there is none, the fusion."""
+    memory = "beside" if model.decoder is None else "image"
+    return next((n for n, one in model.objectives.items() if isinstance(one, Lm) and one.config.memory == memory), None)
 
 
 def _is_exact(caption: str, references: Iterable[str]) -> bool:

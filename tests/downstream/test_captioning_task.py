@@ -5,6 +5,7 @@ from types import ModuleType
 import pytest
 import torch
 import toys
+from helpers import SIZES
 
 import vlp
 from downstream.captioning import CaptioningConfig, CaptionSurvey
@@ -102,6 +103,20 @@ def test_all_references_of_an_image_count_and_each_image_once(tmp_path):
     unlabelled = toys.write_table(tmp_path / "own.csv", [{"image": "red.png"}])
     found = list(task.predict(parts_of(loaded, data), open_reader(str(unlabelled))))
     assert found[0]["caption"] == result.predictions[0]["caption"]
+
+
+def test_a_fusion_that_writes_itself_captions_and_goes_on_so(tmp_path):
+    """GIT: one stack reads the image and writes beside it."""
+    stream = {"kind": "single_stream", **SIZES}
+    parts = {"text": {**SIZES, "layers": 0, "max_length": 24}, "fusion": stream, "decoder": None}
+    loaded = vlp.load(toys.checkpoint(tmp_path, {"lm": {"memory": "beside"}}, **parts))
+    table, task = toys.caption_table(tmp_path), CaptioningConfig(java=(), generation={"max_length": 24})
+    rows = task.evaluate(parts_of(loaded, loaded.config.data), open_reader(str(table))).predictions
+    images = [tmp_path / f"{row['image'].split(':')[-1]}" for row in rows]
+    assert [row["caption"] for row in rows] == loaded.caption(images)
+    run = finetune_config(loaded, "x", settings(table))
+    adapted = run.task.adapt(run, loaded.config.objectives, CaptionSurvey("a", 1, 1))
+    assert adapted.model == run.model and adapted.objectives["lm"].memory == "beside"
 
 
 def test_domains_are_corpora_of_their_own_and_submissions_name_the_images(tmp_path):
