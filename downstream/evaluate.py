@@ -48,13 +48,15 @@ class EvaluateConfig(Config):
     """`data.val` is scored; `data.train`, if named, gives the blind floors."""
 
 
-def inherited(config: LoadedConfig) -> Layer:
+def inherited(config: LoadedConfig, training: bool = False) -> Layer:
     """Return what an evaluation or finetuning takes from its checkpoint, to lie below recipe and flags: how images and
     texts are prepared. The image size is left to the model, so that it may be changed there; augmentation is left to
-    the recipe (colours that are jittered in pretraining may be what a task asks for).
+    the recipe (colours that are jittered in pretraining may be what a task asks for), and so is, in ``training``, what
+    gives images of several sizes.
     """
     data = config.data
-    transform = data.transform.model_dump(include={"resize", "interpolation", "fill"})
+    exactly = set() if training else {"antialias", "resampler", "crop", "crop_share", "multiple", "max_patches"}
+    transform = data.transform.model_dump(include={"resize", "interpolation", "fill", *exactly})
     tokenizer = data.tokenizer.model_dump()
     return Layer(
         {"data": {"tokenizer": tokenizer, "max_length": data.max_length, "transform": transform}}, "checkpoint"

@@ -59,7 +59,7 @@ def checkpoint_layer(config: LoadedConfig) -> Layer:
     """Return what a finetuning takes from its checkpoint, to lie below recipe and flags: the model, and how its images
     and texts are prepared. Its objectives are the task's to keep or drop.
     """
-    return Layer({"model": config.model.model_dump(), **inherited(config).tree}, "checkpoint")
+    return Layer({"model": config.model.model_dump(), **inherited(config, training=True).tree}, "checkpoint")
 
 
 def finetune_config(loaded: Loaded, init: str, *layers: Layer | Mapping[str, Any]) -> FinetuneConfig:

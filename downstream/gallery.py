@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +22,17 @@ from encoders.types import Batch, Images, Texts
 from objectives.base import Embed, Fuse, Rows, ViewText
 from objectives.collectives import gather_no_grad, rank, world_size
 from objectives.itm import Itm
+from objectives.rank import Rank
 from vlp.data.batch import pad_texts
 from vlp.data.loader import DataConfig
 from vlp.data.order import rank_slice
 from vlp.data.reader import BadSample, Reader, decode_sample
 from vlp.data.tokenizer import Tokenizer
-from vlp.data.transforms import EvalTransform
+from vlp.data.transforms import EvalTransform, pad_images
 from vlp.model import Model
+
+Matcher: TypeAlias = Itm | Rank
+"""A head that scores fused pairs."""
 
 _PAIRS = Fuse(rows="pairs")
 
@@ -189,7 +193,7 @@ def embed_images(model: Model, gallery: Gallery, batch: int) -> Iterator[tuple[l
         good = [one for one in found if isinstance(one, Tensor)]
         vectors = torch.zeros(0, model.config.embed.width, device=model.device)
         if good:
-            vectors = _embed(model, Embed("image"), Batch(images={"clean": Images(torch.stack(good))}))
+            vectors = _embed(model, Embed("image"), Batch(images={"clean": _shown(model, good)}))
         yield [n for n in block if n not in bad], vectors, bad
 
 
@@ -240,7 +244,7 @@ def _shares(count: int) -> tuple[int, ...]:
 
 
 def match_pairs(
-    model: Model, gallery: Gallery, pairs: Tensor, head: Itm, limit: int = 512, most_images: int = 64
+    model: Model, gallery: Gallery, pairs: Tensor, head: Matcher, limit: int = 512, most_images: int = 64
 ) -> Tensor:
     """Match pairs of image and text, each once, over all ranks.
 
@@ -267,12 +271,18 @@ def match_pairs(
     for (_, texts, rows), pixels in zip(own, gallery.images([images for images, _, _ in own]), strict=True):
         if broken := [one for one in pixels if isinstance(one, BadSample)]:
             raise broken[0]  # it could be read when it was embedded
-        batch = Batch({"clean": Images(torch.stack(pixels))}, {"clean": gallery.texts(texts)}).to(model.device)  # type: ignore[arg-type]
+        shown = _shown(model, pixels)  # type: ignore[arg-type]
+        batch = Batch({"clean": shown}, {"clean": gallery.texts(texts)}).to(model.device)
         moved = Rows(rows.image_index.to(model.device), rows.text_index.to(model.device))
         with evaluating(model):
             fused = model.run([_PAIRS], batch, rows={"pairs": moved})[_PAIRS]
             scores.append(head.score(fused.pooled).float())
     return gather_no_grad(torch.cat(scores), [sum(b.stop - b.start for b in share) for share in shares]).cpu()
+
+
+def _shown(model: Model, pixels: Sequence[Tensor]) -> Images:
+    """Images of one size, or, where the encoder takes each in its own aspect ratio (ViLT), of several."""
+    return pad_images(pixels, getattr(model.vision, "patch_side", 1))
 
 
 def _block_rows(pairs: Tensor, num_texts: int) -> tuple[list[int], list[int], Rows]:

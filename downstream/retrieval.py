@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from downstream.gallery import Gallery, open_gallery
+from downstream.gallery import Gallery, Matcher, open_gallery
 from downstream.metrics.retrieval import RECALL_AT, rank_metrics, retrieval_metrics
 from downstream.search import (
     Features,
@@ -29,8 +29,9 @@ from downstream.search import (
     second_stage,
 )
 from downstream.task import R, Result, TaskConfig, no_labels
-from objectives import ItcConfig, ItmConfig, LmConfig, ObjectiveConfig
+from objectives import ItcConfig, ItmConfig, LmConfig, ObjectiveConfig, RankConfig
 from objectives.itm import Itm
+from objectives.rank import Rank
 from vlp.data.benchmark import STYLES, emoji_path, emoji_split_hash
 from vlp.data.fetch import Prepare, pair_example
 from vlp.data.reader import BadSample, Reader, open_reader
@@ -73,9 +74,9 @@ class RetrievalConfig(TaskConfig):
     headline: ClassVar[str] = "t2i/R@1"
 
     def adapt(self, run: R, pretrained: Mapping[str, ObjectiveConfig], survey: Any) -> R:
-        """Keep the checkpoint's contrastive and matching objectives; negatives are hard from the start."""
+        """Keep the checkpoint's contrastive, matching and ranking objectives; negatives are hard from the start."""
         fused = not isinstance(run.model.fusion, NoFusionConfig)
-        wanted = (ItcConfig, ItmConfig) if fused else (ItcConfig,)
+        wanted = (ItcConfig, ItmConfig, RankConfig) if fused else (ItcConfig,)
         objectives: dict[str, ObjectiveConfig] = {n: one for n, one in pretrained.items() if isinstance(one, wanted)}
         for name, one in objectives.items():
             if isinstance(one, ItmConfig):  # the ramp is for training from scratch
@@ -83,7 +84,7 @@ class RetrievalConfig(TaskConfig):
         objectives |= run.objectives
         if not any(isinstance(one, wanted) for one in objectives.values()):
             objectives["itc"] = ItcConfig()
-        if fused and not any(isinstance(one, ItmConfig) for one in objectives.values()):
+        if fused and not any(isinstance(one, ItmConfig | RankConfig) for one in objectives.values()):
             objectives["itm"] = ItmConfig()  # else nothing would train the fusion
         model = run.model
         if not any(isinstance(one, LmConfig) for one in objectives.values()):
@@ -97,7 +98,7 @@ class RetrievalConfig(TaskConfig):
     def lacks(self, model: Model) -> str | None:
         """Retrieval takes embeddings, or a matching head."""
         if model.space() is None and matching_head(model) is None:
-            return "a contrastive embedding (objective itc) or a matching head (objective itm)"
+            return "a contrastive embedding (objective itc) or a matching head (objective itm or rank)"
         return None
 
     def evaluate(self, parts: Parts, reader: Reader, survey: Any = None) -> Result:
@@ -235,9 +236,10 @@ def _metrics(found: Found, weight: float | None) -> dict[str, float]:
     return {name.replace("i2t_any", "i2t"): value for name, value in metrics.items() if "i2t_mean" not in name}
 
 
-def matching_head(model: Model) -> Itm | None:
-    """Return the model's matching head; None without one."""
-    return next((one for one in model.objectives.values() if isinstance(one, Itm)), None)
+def matching_head(model: Model) -> Matcher | None:
+    """Return the model's matching head, else its ranking head (ViLT, METER, UNITER); None without one."""
+    heads = [one for kind in (Itm, Rank) for one in model.objectives.values() if isinstance(one, kind)]
+    return next(iter(heads), None)
 
 
 def data_hash(reader: Reader) -> str:

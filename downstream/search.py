@@ -16,10 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from downstream.gallery import Gallery, embed_shares, match_pairs
+from downstream.gallery import Gallery, Matcher, embed_shares, match_pairs
 from downstream.metrics.retrieval import topk_chunked
 from objectives.collectives import gather_no_grad, rank, world_size
-from objectives.itm import Itm
 from vlp.model import Model
 
 logger = logging.getLogger(__name__)
@@ -185,7 +184,7 @@ def every_pair(gallery: Gallery) -> tuple[Candidates, Candidates]:
 
 
 def second_stage(
-    model: Model, head: Itm, gallery: Gallery, i2t: Candidates, t2i: Candidates, pairs: int, images: int
+    model: Model, head: Matcher, gallery: Gallery, i2t: Candidates, t2i: Candidates, pairs: int, images: int
 ) -> tuple[Candidates, Candidates]:
     """Match the candidates of both directions, each pair once; ``pairs`` and ``images`` are the most of one block."""
     wanted = merged_pairs(gallery, i2t, t2i)

@@ -29,7 +29,7 @@ from vlp.data.loader import DataConfig
 from vlp.data.order import rank_slice
 from vlp.data.reader import BadSample, Reader, Sample, decode_sample
 from vlp.data.table import IMAGE_COLUMNS
-from vlp.data.transforms import EvalTransform
+from vlp.data.transforms import EvalTransform, pad_images
 from vlp.decoder import DecoderConfig
 from vlp.model import Model, ModelConfig
 
@@ -200,14 +200,20 @@ def make_batch(parts: Parts, examples: Sequence[Example], places: Sequence[int] 
         shared = number > 0 and numbers[number] == numbers[number - 1]
         images = resized[-1].images if shared else tuple(resize(image) for image in one.images)
         resized.append(replace(one, images=images))
-    batch = collate(resized, numbers, parts.tokenizer, {}, data.max_length, 0)
-    return batch.to(parts.model.device)
+    if len({image.shape for one in resized for image in one.images}) < 2:
+        return collate(resized, numbers, parts.tokenizer, {}, data.max_length, 0).to(parts.model.device)
+    # Images in their own aspect ratios (ViLT): all are shown in the size of the largest.
+    own = [one for place, one in enumerate(resized) if place == 0 or numbers[place] != numbers[place - 1]]
+    shown = pad_images([image for one in own for image in one.images], getattr(parts.model.vision, "patch_side", 1))
+    blank = [replace(one, images=(torch.zeros(3, 1, 1),) * len(one.images)) for one in resized]
+    batch = collate(blank, numbers, parts.tokenizer, {}, data.max_length, 0)
+    return replace(batch, images={"clean": shown}).to(parts.model.device)
 
 
 def blanked(batch: Batch) -> Batch:
     """Return the batch with grey images: what a model says of it, it knows from the text alone."""
-    pixels = {view: one.pixels for view, one in batch.images.items() if isinstance(one, Images)}
-    grey = {view: Images(torch.full_like(one, 128)) for view, one in pixels.items()}
+    seen = {view: one for view, one in batch.images.items() if isinstance(one, Images)}
+    grey = {view: replace(one, pixels=torch.full_like(one.pixels, 128)) for view, one in seen.items()}
     return replace(batch, images=grey)
 
 

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 from encoders.patch import resample_patches
@@ -21,11 +22,12 @@ def take_weights(model: Model, source: Model) -> LoadReport:
 
     Position embeddings and patches become those of another image and patch size. A new decoder's blocks begin as the
     fusion's where the shapes agree (Li et al. 2021, ALBEF, section 4), its words as the text encoder's, a new word head
-    as that of masked words. A fusion that reads two images by turns begins with every block of one twice (section 5).
+    as that of masked words. A fusion that reads two images by turns begins with every block of one twice (section 5);
+    one that reads each by a cross-attention, or marks the second, with what it had for the first, twice (BLIP, ViLT).
     An answer head is only taken over with its answers.
     """
     state, wanted = dict(source.state_dict()), model.state_dict()
-    taken = dict(_begun_as(wanted, state)) | dict(_doubled(model, source, state))
+    taken = dict(_begun_as(wanted, state)) | dict(_doubled(model, source, state)) | dict(_twice(wanted, state))
     state |= taken | dict(_resampled(state, wanted))
     ignore = [name for name, tensor in state.items() if name in wanted and not same_place(name, tensor, wanted[name])]
     for name, one in model.objective_configs.items():
@@ -66,6 +68,16 @@ def _doubled(model: Model, source: Model, state: Mapping[str, Tensor]) -> Iterab
             old = f"{found[1]}{int(found[2]) // 2}{found[3]}"
             if old in state:
                 yield name, state[old]
+
+
+def _twice(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+    """What a fusion of two images has for each of them: cross-attentions, and the vectors that mark their tokens."""
+    for name, tensor in wanted.items():
+        if (found := re.fullmatch(r"(.*fusion\.blocks\.\d+\.cross\.)twins\.\d+\.(.+)", name)) is not None:
+            if (old := state.get(found[1] + found[2])) is not None and old.shape == tensor.shape:
+                yield name, old
+        elif name.endswith("fusion.modality.weight") and name in state and len(state[name]) < len(tensor):
+            yield name, torch.cat([state[name], state[name][:1].expand(len(tensor) - len(state[name]), -1)])
 
 
 def _resampled(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:

@@ -32,7 +32,7 @@ from downstream.snli_ve import SnliVeConfig
 from downstream.task import TaskConfig
 from downstream.verdict import VerdictConfig, VerdictSurvey, same
 from downstream.vqa import VqaConfig, VqaSurvey
-from encoders.types import Batch, Images, Vocabulary
+from encoders.types import Batch, Images, Texts, Vocabulary
 from objectives.base import Replay
 from scripts.goldens.base import Adapter, Case
 from scripts.goldens.cases import ADAPTERS
@@ -260,19 +260,42 @@ def written_vqa(case: Case) -> None:
     near(recorded.loss(recorded.batch, "lm"), recorded.output("loss"))
 
 
+def gallery_of(pixels: Tensor, text: Texts, owner: Tensor) -> Gallery:
+    """Recorded images and texts as a gallery."""
+    words = [np.array(ids[keep].tolist()) for ids, keep in zip(text.ids, text.keep, strict=True)]
+    pad = int(text.ids[~text.keep][0]) if not text.keep.all() else 0
+    names, captions = [str(row) for row in range(len(pixels))], [str(row) for row in range(len(words))]
+    stored: Any = list(pixels)
+    return Gallery(stored, words, owner, names, captions, pad)
+
+
+def ranking(case: Case) -> None:
+    """Scores of each image's own and drawn texts, as a gallery without embeddings finds them; the training loss."""
+    recorded, task = Recorded(case), RetrievalConfig(k=10)
+    model = recorded.loaded.model
+    images, text = recorded.batch.images["clean"], recorded.batch.texts["clean"]
+    assert isinstance(images, Images) and task.lacks(model) is None
+    number = len(images.pixels)
+    if images.keep is None or images.keep.all():
+        found = task.search(model, gallery_of(images.pixels, text, torch.arange(len(text.ids)) % number), {}).i2t
+        assert found.itc is None and found.itm is not None
+        by_pair = torch.empty_like(found.itm).scatter(1, found.index, found.itm)
+        wanted = case.outputs["score"].double().view(number, -1)
+        places = torch.arange(number)[:, None] + number * torch.arange(wanted.shape[1])
+        near(by_pair.gather(1, places), wanted)
+    run = finetune_config(recorded.loaded, "x", {"task": {"kind": "retrieval"}})
+    run = task.adapt(run, recorded.loaded.config.objectives, None)
+    assert run.objectives == recorded.loaded.config.objectives
+    near(recorded.loss(recorded.batch, "rank"), case.outputs["loss_irtr"])
+
+
 def retrieval(case: Case) -> None:
     """Similarities and matching logits of a small gallery as the two stages find them; the training losses."""
     recorded, task = Recorded(case), RetrievalConfig(k=10)
     model = recorded.loaded.model
     images, text = recorded.batch.images["clean"], recorded.batch.texts["clean"]
     assert isinstance(images, Images) and task.lacks(model) is None
-    number = len(text.ids)
-    words = [np.array(ids[keep].tolist()) for ids, keep in zip(text.ids, text.keep, strict=True)]
-    keys = [str(row) for row in range(number)]
-    pixels: Any = list(images.pixels)
-    pad = int(text.ids[~text.keep][0]) if not text.keep.all() else 0
-    gallery = Gallery(pixels, words, torch.arange(number), keys, keys, pad)
-    found = task.search(model, gallery, {})
+    found = task.search(model, gallery_of(images.pixels, text, torch.arange(len(text.ids))), {})
     if found.i2t.itc is not None:
         space = model.space()
         assert space is not None
@@ -400,6 +423,7 @@ CHECKS: dict[str, Check] = {
     r"blip_decoder": lambda case, _: blip_captions(case),
     r"hf_blip_caption": lambda case, _: hf_blip_captions(case),
     r"beit3_captioning": lambda case, _: masked_captions(case),
+    r"(vilt|meter)_irtr": lambda case, _: ranking(case),
     r"albef_retrieval(_nodistill)?|blip_retrieval(_negall)?|blip_itm|beit3_retrieval": lambda case, _: retrieval(case),
 }
 """Which cases are of which task."""

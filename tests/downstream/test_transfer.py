@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from helpers import SIZES, tiny_model
 
@@ -29,6 +30,23 @@ def test_a_fusion_that_reads_two_images_by_turns_begins_with_every_block_twice()
     # A head that is new is new in the teacher too: it begins as its student.
     head, taught = model.objectives["answer"].head, model.teacher.heads["answer"].head
     assert all(torch.equal(a, b) for a, b in zip(head.parameters(), taught.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("images", ["parallel", "each"])
+def test_a_second_image_begins_as_the_first(images: str) -> None:
+    marked = {"modality_embedding": images == "each", "project": images == "each"}
+    source = tiny_model(DualStreamConfig(**SIZES, **marked), {"itm": ItmConfig()})
+    fusion = DualStreamConfig(**SIZES, **marked, images=images, merge_from=2)
+    model = tiny_model(fusion, {"answer": AnswerConfig(answers=("False", "True"))}, seed=1)
+    report = take_weights(model, source)
+    assert {name.split(".")[0] for name in report.missing} == {"objectives"}
+    if images == "each":
+        old, new = source.fusion.modality.weight, model.fusion.modality.weight
+        assert torch.equal(new[:2], old) and torch.equal(new[2], old[0])
+        return
+    for block, other in zip(model.fusion.blocks, source.fusion.blocks, strict=True):
+        for twin in block.cross.twins:
+            assert torch.equal(twin.key.weight, other.cross.key.weight)
 
 
 def test_text_assignment_finds_images_alike_by_the_contrastive_projection() -> None:
