@@ -1,9 +1,10 @@
 """Referring expressions: which part of the image does the text mean? As in RefCOCO, RefCOCO+ and RefCOCOg.
 
 The box is either written by the model itself (objective box; Zeng et al. 2022, X-VLM, section 4.3), or chosen among
-given ones by how well each region, cut out, matches the text.
-Data: image, expression, ``box`` (left, top, width, height in pixels); ``width`` and ``height`` of the image, which
-training needs; ``boxes``, the regions to choose from; ``split``, by which the accuracy is told apart.
+given ones by how well each region matches the text: cut out of the image, or, by a model of a detector's regions, alone
+as the detector saw it.
+Data: image (or a detector's arrays), expression, ``box`` (left, top, width, height in pixels); ``width`` and ``height``
+of the image, which training needs; ``boxes``, the regions to choose from; ``split``, which tells the accuracy apart.
 Shapes: S expressions, C regions.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
@@ -23,7 +24,16 @@ from pydantic import Field
 from torch import Tensor
 
 from downstream.metrics.referring import Box, found, iou
-from downstream.regions import Regions, Truth, read_truth, score_regions, scorer_of
+from downstream.regions import (
+    Regions,
+    Truth,
+    detected_boxes,
+    read_detected,
+    read_truth,
+    score_detected,
+    score_regions,
+    scorer_of,
+)
 from downstream.task import (
     EvalSample,
     R,
@@ -37,6 +47,7 @@ from downstream.task import (
     no_labels,
     read_samples,
 )
+from encoders import RegionConfig
 from encoders.types import Batch
 from objectives import BoxConfig, LmConfig, ObjectiveConfig
 from objectives.base import Rows
@@ -154,7 +165,8 @@ class ReferringConfig(TaskConfig):
         """
         bad: dict[str, str] = {}
         mine = range(len(reader))[my_share(len(reader))]
-        samples = self._truths(read_samples(reader, parts.run.data, bad, indices=mine), bad)
+        images = not reads_regions(parts.model)
+        samples = self._truths(read_samples(reader, parts.run.data, bad, indices=mine, images=images), bad)
         results = gather(list(self._located(parts, samples, bad)))
         bad = gather_bad(bad)
         if not results:
@@ -171,7 +183,8 @@ class ReferringConfig(TaskConfig):
     def predict(self, parts: Parts, reader: Reader) -> Iterator[dict[str, Any]]:
         """Yield key, image, text and box for each expression; a chosen box also with the regions' scores."""
         bad: dict[str, str] = {}
-        samples = self._truths(read_samples(reader, parts.run.data, bad), bad, labelled=False)
+        images = not reads_regions(parts.model)
+        samples = self._truths(read_samples(reader, parts.run.data, bad, images=images), bad, labelled=False)
         yield from (row for row, _ in self._located(parts, samples, bad))
         for key, reason in bad.items():
             logger.warning("%s: no box, %s", key, reason)
@@ -228,19 +241,36 @@ class ReferringConfig(TaskConfig):
         for _, several in groupby(samples, lambda asked: asked[0].image):
             asked = []
             for one, truth in several:
-                if truth.boxes:
-                    asked.append((one, truth))
-                else:
-                    bad[one.sample.key] = f"no {self.boxes} to choose from; name the field with --task.boxes"
+                try:
+                    asked.append((one, self._offered(parts.model, one.sample, truth)))
+                except BadSample as error:
+                    bad[error.key] = error.reason
             if not asked:
                 continue
+            first, texts = asked[0][0].sample, [one.sample.texts[0] for one, _ in asked]
             every = list(dict.fromkeys(box for _, truth in asked for box in truth.boxes))
-            regions = Regions(asked[0][0].sample.images[0], every, [one.sample.texts[0] for one, _ in asked])
-            scores = score_regions(parts, regions, score, self.pairs)  # [S, C]
+            if reads_regions(parts.model):
+                arrays = read_detected(first, parts.model)
+                every = list(detected_boxes(arrays, asked[0][1]))
+                scores = score_detected(parts, arrays, texts, score, self.pairs)  # [S, C]
+            else:
+                scores = score_regions(parts, Regions(first.images[0], every, texts), score, self.pairs)
             place = {box: number for number, box in enumerate(every)}
             for (one, truth), row in zip(asked, scores.tolist(), strict=True):
                 own = [row[place[box]] for box in truth.boxes]
                 yield one, truth, {"box": list(truth.boxes[own.index(max(own))]), "scores": own}
+
+    def _offered(self, model: Model, sample: Sample, truth: Truth) -> Truth:
+        """The truth with the regions to choose from: of a model of regions, the detector's own.
+
+        Raises:
+            BadSample: there are none.
+        """
+        if reads_regions(model):
+            return replace(truth, boxes=detected_boxes(read_detected(sample, model), truth))
+        if not truth.boxes:
+            raise BadSample(sample.key, f"no {self.boxes} to choose from; name the field with --task.boxes")
+        return truth
 
 
 @dataclass(frozen=True)
@@ -268,6 +298,11 @@ class ReferringPrepare:
 def box_head(model: Model) -> BoxObjective | None:
     """Return the objective that writes boxes; None without one."""
     return next((one for one in model.objectives.values() if isinstance(one, BoxObjective)), None)
+
+
+def reads_regions(model: Model) -> bool:
+    """Return whether a model reads a detector's arrays instead of pixels."""
+    return isinstance(model.config.vision, RegionConfig)
 
 
 def _run_box(model: Model, head: BoxObjective, batch: Batch) -> Tensor:

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from downstream.task import evaluating
+from encoders import RegionConfig
 from encoders.types import Batch, Images
+from encoders.types import Regions as Detected
 from objectives.base import Embed, Fuse, Rows, ViewText
 from objectives.itm import Itm
 from objectives.rank import Rank
 from vlp.data.batch import pad_texts
 from vlp.data.reader import BadSample, Sample
+from vlp.data.regions import RegionArrays, RegionLayout, geometry, read_regions
 from vlp.data.transforms import EvalTransform
 from vlp.model import Model
 
@@ -144,7 +147,7 @@ def cut(image: Tensor, box: Sequence[float]) -> Tensor:
 
 
 def score_regions(parts: Parts, regions: Regions, head: Head, pairs: int) -> Tensor:
-    """Match every region with every text, each region encoded once.
+    """Match every region with every text, each region cut out of the image and encoded once.
 
     Args:
         parts: the model and how it sees images.
@@ -155,21 +158,66 @@ def score_regions(parts: Parts, regions: Regions, head: Head, pairs: int) -> Ten
     Returns:
         [S, C] float32 on the CPU, larger = better.
     """
-    model, data, words = parts.model, parts.run.data, parts.tokenizer
-    resize = EvalTransform(data.transform.model_copy(update={"image_size": model.config.vision.image_size}))
-    ids = [ViewText(words.encode(text, data.max_length)[0]) for text in regions.texts]
-    texts = pad_texts(ids, "full", words.vocabulary.pad, data.max_length)
-    number, size, found = len(ids), max(1, pairs // len(ids)), []
+    side = parts.model.config.vision.image_size
+    resize = EvalTransform(parts.run.data.transform.model_copy(update={"image_size": side}))
+    size, found = max(1, pairs // len(regions.texts)), []
     for first in range(0, len(regions.boxes), size):
-        pixels = torch.stack([resize(cut(regions.image, box)) for box in regions.boxes[first : first + size]])
-        batch = Batch(images={"clean": Images(pixels)}, texts={"clean": texts}).to(model.device)
-        with evaluating(model):
-            if head == "itc":
-                run = model.run([Embed("image"), Embed("text")], batch)
-                found.append((run[Embed("text")].float() @ run[Embed("image")].float().T).cpu())
-                continue
-            text = torch.arange(number, device=model.device).repeat_interleave(len(pixels))
-            image = torch.arange(len(pixels), device=model.device).repeat(number)
-            fused = model.run([_PAIRS], batch, rows={"pairs": Rows(image, text)})[_PAIRS]
-            found.append(head.score(fused.pooled).float().unflatten(0, (number, len(pixels))).cpu())
+        pixels = [resize(cut(regions.image, box)) for box in regions.boxes[first : first + size]]
+        found.append(_match(parts, Images(torch.stack(pixels)), regions.texts, head))
     return torch.cat(found, 1)
+
+
+def read_detected(sample: Sample, model: Model) -> RegionArrays:
+    """Return what a detector found in a sample's image, for a model that reads such regions.
+
+    Raises:
+        BadSample: the arrays are missing or cannot be read.
+    """
+    config = model.config.vision
+    assert isinstance(config, RegionConfig)
+    return read_regions(sample.key, sample.fields, RegionLayout(config.boxes, config.number))
+
+
+def detected_boxes(arrays: RegionArrays, truth: Truth) -> tuple[tuple[float, ...], ...]:
+    """Return a detector's boxes as left, top, width, height in pixels."""
+    low, high = arrays.boxes[:, :2], arrays.boxes[:, 2:]
+    scale = np.array([truth.width, truth.height])
+    return tuple(map(tuple, np.concatenate([low * scale, (high - low) * scale], 1).tolist()))
+
+
+def score_detected(parts: Parts, arrays: RegionArrays, texts: Sequence[str], head: Head, pairs: int) -> Tensor:
+    """Match every region that a detector found, alone, with every text -> [S, C] float32 on the CPU.
+
+    Args:
+        parts: a model that reads a detector's regions.
+        arrays: of one image.
+        texts: S of them.
+        head: as ``scorer_of`` gives it.
+        pairs: most pairs at once.
+    """
+    config = parts.model.config.vision
+    assert isinstance(config, RegionConfig)
+    features, boxes = torch.from_numpy(arrays.features), torch.from_numpy(geometry(arrays.boxes, config.boxes))
+    size, found = max(1, pairs // len(texts)), []
+    for first in range(0, len(features), size):
+        part = slice(first, first + size)
+        alone = Detected(features[part, None], boxes[part, None], torch.ones(len(features[part]), 1, dtype=torch.bool))
+        found.append(_match(parts, alone, texts, head))
+    return torch.cat(found, 1)
+
+
+def _match(parts: Parts, vision: Images | Detected, texts: Sequence[str], head: Head) -> Tensor:
+    """Scores of all pairs of text and image, [S, C]."""
+    model, data, words = parts.model, parts.run.data, parts.tokenizer
+    ids = [ViewText(words.encode(text, data.max_length)[0]) for text in texts]
+    view = pad_texts(ids, "full", words.vocabulary.pad, data.max_length)
+    batch = Batch(images={"clean": vision}, texts={"clean": view}).to(model.device)
+    number, images = len(ids), batch.num_images
+    with evaluating(model):
+        if head == "itc":
+            run = model.run([Embed("image"), Embed("text")], batch)
+            return (run[Embed("text")].float() @ run[Embed("image")].float().T).cpu()
+        text = torch.arange(number, device=model.device).repeat_interleave(images)
+        image = torch.arange(images, device=model.device).repeat(number)
+        fused = model.run([_PAIRS], batch, rows={"pairs": Rows(image, text)})[_PAIRS]
+        return head.score(fused.pooled).float().unflatten(0, (number, images)).cpu()

@@ -17,9 +17,12 @@ from downstream.evaluate import EvaluateConfig, parts_of, predict
 from downstream.finetune import finetune, finetune_config
 from downstream.referring import ReferringConfig
 from downstream.regions import cut, read_truth
+from encoders.types import Batch, Regions, Texts
+from objectives.base import Fuse
 from vlp.config import build
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Sample, open_reader
+from vlp.data.regions import geometry
 from vlp.data.transforms import ImageTransformConfig
 from vlp.run import RunConfig
 
@@ -183,3 +186,38 @@ def test_what_lacks_is_named(two_towers, tmp_path):
     }
     with pytest.raises(ValueError, match="lacks a box head"):
         ReferringConfig(by="box").evaluate(parts, open_reader(str(path)))
+
+
+def test_a_model_of_regions_chooses_among_the_detectors(tmp_path):
+    """Every region's score is that of a pair with this region alone; its box is the detector's."""
+    vision = {"kind": "region", "features": 8, "width": 32, "number": 4}
+    loaded = emojis.checkpoint(tmp_path, SENTENCES, ("itm", "mlm"), vision=vision)
+    draw, rows, stored = np.random.default_rng(0), [], []
+    for i in range(2):
+        low = draw.uniform(0, 50, (3, 2))
+        boxes = np.concatenate([low, low + 40], 1).astype(np.float32)
+        stored.append({"features": draw.normal(size=(3, 8)).astype(np.float32), "boxes": boxes})
+        np.savez(tmp_path / f"{i}.npz", width=100, height=100, **stored[-1])
+        for text in SENTENCES[i : i + 2]:
+            box = [*map(float, low[i]), 40.0, 40.0]
+            rows.append({"features": f"{i}.npz", "text": text, "box": box, "width": 100, "height": 100})
+    (tmp_path / "2.npz").write_bytes(b"broken")
+    rows.append(rows[0] | {"features": "2.npz"})
+    task, path = ReferringConfig(pairs=3), toys.write_table(tmp_path / "t.jsonl", rows)
+    result = task.evaluate(parts_of(loaded, task.settings(loaded.config.data)), open_reader(str(path)))
+    assert list(result.bad) == ["4"] and "cannot be read" in result.bad["4"]
+    head, words = loaded.model.objectives["itm"], loaded.tokenizer
+    for i, row in enumerate(result.predictions):
+        arrays = stored[i // 2]
+        whole = geometry(arrays["boxes"] / 100, 7)
+        ids = words.encode(rows[i]["text"], 24)[0]
+        texts = Texts(torch.from_numpy(ids)[None], torch.ones(1, len(ids), dtype=torch.bool))
+        for n, score in enumerate(row["scores"]):
+            one = Regions(torch.tensor(arrays["features"][None, n : n + 1]), torch.tensor(whole[None, n : n + 1]))
+            with torch.no_grad():
+                fused = loaded.model.run([Fuse()], Batch({"clean": one}, {"clean": texts}))[Fuse()]
+                assert head.score(fused.pooled).item() == pytest.approx(score, abs=1e-5)
+        best = int(np.argmax(row["scores"]))
+        left, top, right, bottom = arrays["boxes"][best]
+        assert row["box"] == pytest.approx([left, top, right - left, bottom - top], abs=1e-3)
+        assert row["metrics"]["accuracy"] == float(best == i // 2)
