@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from downstream.evaluate import parts_of
+from downstream.evaluate import inherited, parts_of
 from downstream.retrieval import RetrievalConfig
 from downstream.selection import some
 from downstream.transfer import same_place
 from encoders import RegionConfig
 from vlp.checkpoint.native import load_weights
+from vlp.config import build
 from vlp.data.loader import DataConfig
 from vlp.data.reader import open_reader
 from vlp.loaded import Loaded
@@ -41,9 +42,7 @@ def probe(loaded: Loaded, spec: str | tuple[str, ...], finetuned: Model | None =
         return f"the checkpoint lacks {missing}"
     if isinstance(loaded.model.config.vision, RegionConfig):
         return "the checkpoint reads a detector's regions, not images"
-    own = loaded.config.data
-    kept = {name: getattr(own, name) for name in ("tokenizer", "max_length", "transform")}
-    parts = parts_of(loaded, DataConfig(**kept))
+    parts = parts_of(loaded, build(DataConfig, inherited(loaded.config).tree["data"]))
     number = IMAGES if loaded.model.space() is not None else FEW
     reader = some(open_reader(spec), number)
     if finetuned is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+from standins import GOLDENS
 
 import vlp
 from downstream.captioning import CaptioningConfig
@@ -24,6 +25,7 @@ from vlp.cli import main
 from vlp.data.fetch import pair_example
 from vlp.data.loader import DataConfig
 from vlp.data.reader import open_reader
+from vlp.data.tokenizer import TokenizerConfig, build_tokenizer
 from vlp.run import Parts, RunConfig, assemble
 from vlp.train.config import TrainConfig
 from vlp.train.log import read_metrics
@@ -155,6 +157,25 @@ def test_a_table_with_a_split_and_names_of_its_own_is_enough_for_questions(place
     assert result["counts"]["samples"] == 4 and result["data"]["where"] == {"subset": ["Test"]}
     assert len([one for one in read_metrics(tmp_path / "run" / "metrics.jsonl") if "val/accuracy" in one]) == 4
     assert not any("flatters" in note for note in result["notes"]), "the test data chose no checkpoint"
+
+
+def test_another_projects_checkpoint_is_a_beginning(place, tmp_path, capsys):
+    source, captions = GOLDENS / "albef_pretrain", [row["Comment"] for row in rows(tmp_path)]
+    build_tokenizer(TokenizerConfig(size=64, min_frequency=1), captions).save(tmp_path / "words")
+    foreign = (
+        "--init",
+        source / "model.pth",
+        "--tokenizer",
+        tmp_path / "words",
+        "--config",
+        source / "config_values.json",
+    )
+    command = words("finetune", "captioning", "--init", source / "model.pth", *settings, "--data", place / "my.csv")
+    short = ("--train.samples", "8", "--task.generation.max-length", "4")
+    assert main([*command, *FAST, *short, "--out", str(tmp_path / "run")]) == 0
+    assert "104 weights from the checkpoint" in capsys.readouterr().err
+    run = vlp.load(tmp_path / "run")
+    assert run.tokenizer.vocabulary.size < 64 and isinstance(run.caption([place / "p0.png"])[0], str)
 
 
 def test_forgetting_is_scored_with_the_finetuned_weights_in_the_checkpoint(place):
