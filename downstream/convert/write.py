@@ -102,8 +102,8 @@ def write_rows(entries: Iterator[Row | Bad], out: Path, images: Path | None = No
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            for number, entry in enumerate(entries):
-                entry = entry if isinstance(entry, Bad) else place(entry, number)
+            for entry in _of_the_format(entries):
+                entry = entry if isinstance(entry, Bad) else place(entry)
                 if isinstance(entry, Bad):
                     done.skipped[entry.reason] += 1
                     done.first.setdefault(entry.reason, entry.key)
@@ -120,6 +120,16 @@ def write_rows(entries: Iterator[Row | Bad], out: Path, images: Path | None = No
     return done
 
 
+def _of_the_format(entries: Iterator[Row | Bad]) -> Iterator[Row | Bad]:
+    """The same; what is of another type than the format says is the file's fault, said in one line."""
+    try:
+        yield from entries
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"an entry is not of the data set's format ({type(error).__name__}: {error}); give the official files"
+        ) from error
+
+
 class _Place:
     """Where the images of rows are."""
 
@@ -128,7 +138,7 @@ class _Place:
         self.prefix = images if images is None or images.is_absolute() else Path(os.path.relpath(images, table))
         self.there: dict[str, bool] = {}  # several rows show one image: it is looked for once
 
-    def __call__(self, row: Row, number: int) -> Row | Bad:
+    def __call__(self, row: Row) -> Row | Bad:
         """Return the row with its images' paths from the table's folder."""
         if self.images is None or self.prefix is None:
             return row

@@ -309,6 +309,7 @@ MISTAKES = {
     "another format": (["vqav2", "--questions", "a.json"], "a.json: field 'questions' is not a list of objects"),
     "not json": (["karpathy", "--annotations", "t.txt"], "t.txt: not JSON"),
     "no file": (["karpathy", "--annotations", "none.json"], "none.json: No such file"),
+    "another type": (["karpathy", "--annotations", "k.json"], "an entry is not of the data set's format"),
     "a list": (["gqa", "--questions", "l.json"], "a JSON object was expected, not list"),
     "nothing usable": (["coco_captions", "--annotations", "e.json"], "no entry can be used, 0 rows, 1 skipped"),
     "unknown": (["vqa2", "--questions", "q.json"], "vqa2: no converter"),
@@ -324,6 +325,7 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, 
     vqa_files(tmp_path)
     (tmp_path / "t.txt").write_text("hello")
     put(tmp_path / "l.json", [])
+    put(tmp_path / "k.json", {"images": [{"filename": "a", "split": "val", "sentences": [{"raw": 5}]}]})
     put(
         tmp_path / "e.json",
         {"images": [{"id": 1, "file_name": "x.jpg"}], "annotations": [{"image_id": 2, "caption": "x"}]},
