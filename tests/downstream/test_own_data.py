@@ -162,14 +162,7 @@ def test_a_table_with_a_split_and_names_of_its_own_is_enough_for_questions(place
 def test_another_projects_checkpoint_is_a_beginning(place, tmp_path, capsys):
     source, captions = GOLDENS / "albef_pretrain", [row["Comment"] for row in rows(tmp_path)]
     build_tokenizer(TokenizerConfig(size=64, min_frequency=1), captions).save(tmp_path / "words")
-    foreign = (
-        "--init",
-        source / "model.pth",
-        "--tokenizer",
-        tmp_path / "words",
-        "--config",
-        source / "config_values.json",
-    )
+    settings = ("--tokenizer", tmp_path / "words", "--config", source / "config_values.json")
     command = words("finetune", "captioning", "--init", source / "model.pth", *settings, "--data", place / "my.csv")
     short = ("--train.samples", "8", "--task.generation.max-length", "4")
     assert main([*command, *FAST, *short, "--out", str(tmp_path / "run")]) == 0
