@@ -33,7 +33,7 @@ COMMANDS = {
 }
 """By name: one word, or two for the commands of a family."""
 
-EXTRAS = {"easy_vqa": "demo", "pyarrow": "parquet", "sentencepiece": "spm", "wandb": "track"}
+EXTRAS = {"easy_vqa": "demo", "pyarrow": "parquet", "sentencepiece": "spm", "wandb": "track", "peft": "lora"}
 """Packages that an extra installs."""
 
 

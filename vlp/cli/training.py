@@ -97,6 +97,8 @@ def finetune_arguments(parser: Parser) -> None:
     parser.add_argument("--published", action="store_true", help="batch, rate and duration of the task's recipe")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/TASK)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped finetuning, exactly")
+    lora = "train low-rank differences of the towers and the fusion (8; extra lora)"
+    parser.add_argument("--lora", nargs="?", type=int, const=8, metavar="RANK", help=lora)
 
 
 def finetune_config(arguments: Arguments, flags: list[str]) -> Config:
@@ -126,6 +128,7 @@ def finetune_config(arguments: Arguments, flags: list[str]) -> Config:
         below += [Layer({k: v for k, v in one.tree.items() if k != "train"}, one.source) for one in layers]
         below.append(Layer({"auto": [name for name in ALL if name not in given(flags)]}, "vlp finetune"))
         recipe = None
+    flags = flags if arguments.lora is None else [*flags, "--train.lora.rank", str(arguments.lora)]
     names = ("data.train", "data.val", "test")
     if len(arguments.data or ()) > len(names):
         raise ValueError(

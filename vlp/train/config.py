@@ -6,6 +6,7 @@ from pydantic import Field
 
 from vlp.config import Config
 from vlp.train.adversarial import AdversarialConfig
+from vlp.train.lora import LoraConfig
 from vlp.train.optim import OptimConfig
 from vlp.train.step import Precision
 
@@ -28,6 +29,8 @@ class TrainConfig(Config):
     sample: dict[str, float] = Field(default_factory=dict)
     """Each step trains one of these, drawn by their ratios: an objective, or several joined by `+` (UNITER: `mlm: 12`,
     `itm+wra: 9`); empty = every step trains all objectives."""
+    lora: LoraConfig | None = None
+    """Train low-rank differences of the weights of parts in place of these (extra `lora`); none = the weights."""
     adversarial: AdversarialConfig | None = None
     """Noise on words or regions that raises the loss (VILLA); none = no noise."""
     seed: int = 0

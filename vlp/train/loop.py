@@ -20,6 +20,7 @@ from vlp.train.config import TrainConfig
 from vlp.train.evaluation import Evaluation, Verdict, evaluated
 from vlp.train.health import Watch, chance_levels
 from vlp.train.log import RunLog
+from vlp.train.lora import adapt, merge
 from vlp.train.meter import Meter, losses_of, timed
 from vlp.train.optim import freeze_parts
 from vlp.train.reading import open_loader
@@ -78,6 +79,8 @@ def train(
     config = parts.run.train
     check_sample(config.sample, dict(parts.model.objectives.items()))  # type: ignore[arg-type]
     freeze_parts(parts.model, config.optim)
+    if config.lora is not None:
+        adapt(parts.model, config.lora, config.seed)
     leaves_out = bool(config.sample or parts.sources)
     model = wrap(parts.model.to(device).train(), config, device, leaves_out)
     loader = open_loader(parts, prepare)
@@ -104,6 +107,8 @@ def train(
     finally:
         log.close()
     loader.report_bad()
+    if config.lora is not None:
+        merge(parts.model)
     return ended
 
 

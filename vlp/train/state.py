@@ -19,6 +19,7 @@ from torch import Tensor
 from objectives.collectives import rank, world_size
 from vlp.checkpoint.native import AVERAGE, CONFIG, find_checkpoint, save_checkpoint, weights_of
 from vlp.config import Config, to_yaml
+from vlp.train.lora import apart, merged
 from vlp.train.step import NonFiniteError, TrainStep
 
 if TYPE_CHECKING:
@@ -78,14 +79,18 @@ class TrainState:
             if self.evaluation is not None:
                 name = None if self.best is None else self.best.name
                 state |= {"evaluation": self.evaluation.state_dict(), "best": name}
+            model, average = self.parts.model, None if self.step.average is None else self.step.average.module
+            if self.parts.run.train.lora is not None:
+                state["lora"] = apart(model)
+                model, average = merged(model), None if average is None else merged(average)  # type: ignore[assignment]
             torch.save(state, buffer)
             extra: dict[str, bytes | Mapping[str, Tensor]] = {STATE_FILE: buffer.getvalue()}
-            if self.step.average is not None:
-                extra[AVERAGE] = weights_of(self.step.average.module)
+            if average is not None:
+                extra[AVERAGE] = weights_of(average)
             reader = self.parts.reader
             data = None if reader is None else {"samples": len(reader), "fingerprint": reader.fingerprint}
-            card = model_card(self.parts.run, metrics, self.command, self.parts.model, data=data)
-            save_checkpoint(self.latest, self.parts.model, self.parts.run, self.parts.tokenizer, card, extra)
+            card = model_card(self.parts.run, metrics, self.command, model, data=data)
+            save_checkpoint(self.latest, model, self.parts.run, self.parts.tokenizer, card, extra)
             self._clean()
         if world_size() > 1:
             dist.barrier()
@@ -101,7 +106,14 @@ class TrainState:
             shutil.rmtree(path)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up the state of a checkpoint."""
+        """Take up the state of a checkpoint.
+
+        Raises:
+            ValueError: only one of the two runs has a moving average, or low-rank differences.
+        """
+        if ("lora" in state) != (self.parts.run.train.lora is not None):
+            raise ValueError("train.lora differs from the run that is resumed; keep its setting")
+        self.parts.model.load_state_dict(state.get("lora", {}), strict=False)
         self.step.load_state_dict(state)
         if self.evaluation is not None and "evaluation" in state:
             self.evaluation.load_state_dict(state["evaluation"])
