@@ -104,7 +104,7 @@ def finetune(
     """
     if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
         raise ValueError(f"--out {folder}: holds a run already; choose another folder, or go on with --resume {folder}")
-    periodic = "samples" in run.auto or (run.data.val is None and run.data.split is None)
+    periodic = bool(run.auto) or (run.data.val is None and run.data.split is None)
     run = settle_data(run)
     write_split(run.data, folder)
     scored = _Scored.of(run)

@@ -22,7 +22,7 @@ class TuneConfig(Config):
 
     every: int | None = Field(None, ge=1)
     """Samples between two evaluations on the validation data, by which the best checkpoint is kept; none = once an
-    epoch, twenty times at most, where the duration is chosen or the validation data are held out here; else never, and
+    epoch, twenty times at most, where settings are chosen (`auto`) or the validation data found here; else never, and
     the last one is kept."""
     patience: int = Field(5, ge=1)
     """Evaluations in a row without a better score after which the run ends."""
