@@ -22,7 +22,7 @@ from scripts.goldens.base import Case, run_case
 from scripts.goldens.cases import ADAPTERS
 from vlp.checkpoint.exporters import EXPORTERS
 from vlp.checkpoint.families import FAMILIES
-from vlp.checkpoint.inspect import abilities
+from vlp.loaded import abilities
 
 BEGIN, END = "<!-- families:begin -->", "<!-- families:end -->"
 

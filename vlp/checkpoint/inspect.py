@@ -14,6 +14,7 @@ from vlp.checkpoint.foreign import Shapes, find_weights, first_line, read_state,
 from vlp.checkpoint.load import LoadedConfig, describe, has_tokenizer, read_loaded_config, settled
 from vlp.checkpoint.native import WEIGHTS
 from vlp.checkpoint.sources import local
+from vlp.loaded import ABILITIES, abilities
 
 
 @dataclass(frozen=True)
@@ -78,22 +79,3 @@ def _words(config: LoadedConfig, folder: Path) -> str | None:
     if has_tokenizer(folder):
         return "beside the weights"
     return None if source == "train" else f"{source}, which is read when text first comes (a hub id: from its cache)"
-
-
-ABILITIES = ("embed_images", "embed_texts", "classify", "match", "answer", "caption")
-"""What a model may be able to do, as the methods of ``Loaded`` are called."""
-
-
-def abilities(config: LoadedConfig) -> set[str]:
-    """Name what a model of these objectives can do."""
-    objectives = config.objectives.values()
-    kinds = {one.kind for one in objectives}
-    memories = {getattr(one, "memory", None) for one in objectives if one.kind == "lm"}
-    images = getattr(config.model.fusion, "images", "one")
-    known = {
-        "match": bool(kinds & {"itm", "rank"}),
-        "answer": ("answer" in kinds and images == "one") or "fused" in memories,
-        "caption": "image" in memories,
-    }
-    known |= dict.fromkeys(ABILITIES[:3], any(one.trains_embed for one in objectives))
-    return {name for name, has in known.items() if has}
