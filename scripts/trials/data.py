@@ -74,9 +74,10 @@ def tokenizer() -> Tokenizer:
 
 
 def augment(pixels: Tensor, random: Random) -> Tensor:
-    """Shift by up to two pixels, and make a little lighter or darker."""
+    """Shift by up to two pixels, and change the weights of the colours."""
     shift = tuple(int(number) for number in random.integers(-2, 3, 2))
-    return (pixels.roll(shift, (1, 2)).float() * random.uniform(0.8, 1.2)).clamp(0, 255).byte()
+    weights = torch.from_numpy(random.uniform(0.6, 1.3, (3, 1, 1)).astype(np.float32))
+    return (pixels.roll(shift, (1, 2)) * weights).clamp(0, 255).byte()
 
 
 def one_hot(index: int, size: int) -> npt.NDArray[np.float32]:

@@ -37,10 +37,12 @@ Chance: TypeAlias = Callable[[Model, Sequence[Batch]], float]
 """Loss of the best blind guess, from the model and batches of the training data."""
 
 HEADS = {"width": 64, "heads": 4}
-VISION = {"model": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "depth": 1, **HEADS}
+PATCHES = {"model": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "depth": 1, **HEADS}
+VISION = {**PATCHES, "patch_size": 2, "stem": [32, 64]}
+"""As many patches behind two convolutions, by which more crosses to another style."""
 REGIONS = {"kind": "region", "features": 48, "boxes": 4, "width": 64, "number": 16}
 TEXT = {"layers": 1, "norm": "pre", "max_length": 16, **HEADS}
-HIDING = {"vision": {**VISION, "mask_token": True}}
+HIDING = {"vision": {**PATCHES, "mask_token": True}}
 SINGLE = {"kind": "single_stream", "layers": 2}
 
 
