@@ -24,8 +24,9 @@ from objectives.lm import Lm
 from objectives.rank import Rank
 from vlp.config import build
 from vlp.data.batch import pad_texts
+from vlp.data.decode import decode_image, rgb_tensor
 from vlp.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
-from vlp.data.transforms import EvalTransform, decode_image, pad_images, rgb_tensor
+from vlp.data.transforms import EvalTransform, pad_images
 from vlp.generate import GenerationConfig, generate_text, room_of, trim
 from vlp.generate_masked import generate_masked, masked_writer
 from vlp.model import Model
@@ -232,8 +233,6 @@ class Loaded:
         return f"its objectives are {', '.join(self.model.objectives) or 'none'}"
 
     def _need_fusion(self, what: str) -> None:
-        from vlp.checkpoint.inspect import ABILITIES, abilities  # above this module
-
         if self.model.fusion is None:
             can = [one for one in ABILITIES if one in abilities(self.config)]
             train = "itm" if what == "match" else "answer"
@@ -307,6 +306,25 @@ class Loaded:
             self.tokenizer.vocabulary.pad,
             length,
         )
+
+
+ABILITIES = ("embed_images", "embed_texts", "classify", "match", "answer", "caption")
+"""What a model may be able to do, as the methods of ``Loaded`` are called."""
+
+
+def abilities(config: LoadedConfig) -> set[str]:
+    """Name what a model of these objectives can do."""
+    objectives = config.objectives.values()
+    kinds = {one.kind for one in objectives}
+    memories = {getattr(one, "memory", None) for one in objectives if one.kind == "lm"}
+    images = getattr(config.model.fusion, "images", "one")
+    known = {
+        "match": bool(kinds & {"itm", "rank"}),
+        "answer": ("answer" in kinds and images == "one") or "fused" in memories,
+        "caption": "image" in memories,
+    }
+    known |= dict.fromkeys(ABILITIES[:3], any(one.trains_embed for one in objectives))
+    return {name for name, has in known.items() if has}
 
 
 def read_image(image: AnyImage) -> Tensor:

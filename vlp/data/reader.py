@@ -13,13 +13,13 @@ import numpy as np
 from torch import Tensor
 
 from vlp.data.benchmark import emoji_path
+from vlp.data.decode import decode_image
 from vlp.data.easy_vqa import SCHEME as EASY_VQA
 from vlp.data.easy_vqa import EasyVqaReader
 from vlp.data.lines import LINES_SUFFIX, LinesReader
 from vlp.data.records import IMAGE_EXTENSIONS, TEXT_FIELDS, BadSample, RawSample, Reader, digest
 from vlp.data.shards import ShardReader
 from vlp.data.table import TABLE_SUFFIXES, FolderReader, TableReader
-from vlp.data.transforms import decode_image
 
 __all__ = ["BadSample", "RawSample", "Reader", "Sample", "decode_sample", "decode_texts", "open_reader"]
 

@@ -84,10 +84,8 @@ def train(
     leaves_out = bool(config.sample or parts.sources)
     model = wrap(parts.model.to(device).train(), config, device, leaves_out)
     loader = open_loader(parts, prepare)
-    if config.compile and config.adversarial:
-        raise ValueError("train.adversarial changes what parts of the model read, which train.compile fixes; set one")
-    more = {"precision": config.precision, "adversarial": config.adversarial}
-    step = TrainStep(model, config.optim, seed=config.seed, total=config.samples, **more)  # type: ignore[arg-type]
+    more: dict[str, Any] = {"precision": config.precision, "adversarial": config.adversarial}
+    step = TrainStep(model, config.optim, seed=config.seed, total=config.samples, **more)
     state = TrainState(folder, parts, step, command, config.keep, evaluation)
     meter = Meter(device)
     if restored is not None:
@@ -194,7 +192,12 @@ def wrap(model: nn.Module, config: TrainConfig, device: torch.device, leaves_out
         config: of the run.
         device: of this rank.
         leaves_out: whether a step leaves out objectives, so that parameters get no gradient.
+
+    Raises:
+        ValueError: it is to be compiled, but what its parts read is to be changed.
     """
+    if config.compile and config.adversarial:
+        raise ValueError("train.adversarial changes what parts of the model read, which train.compile fixes; set one")
     if config.compile:
         for part in ("vision", "text", "fusion"):
             if isinstance(module := getattr(model, part), nn.Module):

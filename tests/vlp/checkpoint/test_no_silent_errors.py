@@ -28,8 +28,8 @@ from encoders.types import Batch, Images
 from objectives.base import Draw, Embed, Encode
 from vlp.checkpoint.export import convert
 from vlp.checkpoint.inspect import inspect
+from vlp.data.decode import rgb_tensor
 from vlp.data.presets import albef_blip
-from vlp.data.transforms import rgb_tensor
 from vlp.fusion.bridge import BridgeConfig
 from vlp.generate import GenerationConfig, generate_text
 

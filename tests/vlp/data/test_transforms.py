@@ -7,15 +7,14 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from objectives.base import Draw
-from vlp.data import transforms
+from vlp.data import decode, transforms
+from vlp.data.decode import decode_image, rgb_tensor
 from vlp.data.records import BadSample
 from vlp.data.transforms import (
     EvalTransform,
     ImageTransformConfig,
     TrainTransform,
-    decode_image,
     may_flip,
-    rgb_tensor,
 )
 
 RAMP = np.linspace(0, 65535, 12, dtype=np.uint16).reshape(3, 4)
@@ -51,7 +50,7 @@ def test_fast_decoder_agrees_with_pillow_on_jpeg(mode, monkeypatch):
     fast = hwc(decode_image(data)).astype(int)
     reference = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
     assert np.abs(fast - reference).max() <= 2
-    monkeypatch.setattr(transforms, "torchvision_decode", None)
+    monkeypatch.setattr(decode, "torchvision_decode", None)
     assert np.array_equal(hwc(decode_image(data)), reference)
 
 
