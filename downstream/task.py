@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 
-from encoders import TextConfig
+from encoders import RegionConfig, TextConfig
 from encoders.text import BesideConfig
-from encoders.types import Batch, Images
+from encoders.types import Batch, Images, Regions
 from objectives import ObjectiveConfig
 from objectives.collectives import rank, world_size
 from vlp.config import Config
@@ -28,6 +28,7 @@ from vlp.data.group import without_images
 from vlp.data.loader import DataConfig
 from vlp.data.order import rank_slice
 from vlp.data.reader import BadSample, Reader, Sample, decode_sample
+from vlp.data.regions import RegionLayout, read_regions
 from vlp.data.table import IMAGE_COLUMNS
 from vlp.data.transforms import EvalTransform, pad_images
 from vlp.decoder import DecoderConfig
@@ -35,6 +36,9 @@ from vlp.model import Model, ModelConfig
 
 if TYPE_CHECKING:
     from vlp.run import Parts, RunConfig
+
+ARRAYS = ("npz", "npy")
+"""Endings of members with arrays of an image's regions."""
 
 R = TypeVar("R", bound="RunConfig")
 T = TypeVar("T")
@@ -156,8 +160,13 @@ def read_samples(
         try:
             raw = reader[index]
             read = raw if images else without_images(raw)
+            regions = any(name.rsplit(".", 1)[-1] in ARRAYS for name in raw.files)  # which stand for the image
             sample = decode_sample(
-                read, image=data.image if images else None, text=data.text, need_image=images, need_text=texts
+                read,
+                image=data.image if images else None,
+                text=data.text,
+                need_image=images and not regions,
+                need_text=texts,
             )
         except BadSample as error:
             bad[error.key] = error.reason
@@ -181,10 +190,29 @@ def batches(parts: Parts, samples: Iterator[EvalSample], size: int) -> Iterator[
     """
     for group in groups(samples, size):
         examples = [
-            Example(one.sample.key, one.sample.images, (one.sample.texts or ("",))[0], image_id=number)
-            for number, one in enumerate(group)
+            seen_by(parts, one, Example(one.key, one.images, (one.texts or ("",))[0], image_id=number))
+            for number, one in enumerate(each.sample for each in group)
         ]
         yield group, make_batch(parts, examples)
+
+
+def seen_by(parts: Parts, sample: Sample, example: Example) -> Example:
+    """Return the example with what a detector saw of the sample's image, where the model reads that in its place.
+
+    Raises:
+        BadSample: there are no such arrays.
+    """
+    if (layout := _layout(parts)) is None:
+        return example
+    return replace(example, images=(), regions=read_regions(sample.key, sample.fields, layout))
+
+
+def _layout(parts: Parts) -> RegionLayout | None:
+    """What the model reads of a detector's regions, none of them hidden; None if it reads pixels."""
+    config = parts.model.config.vision
+    if not isinstance(config, RegionConfig):
+        return None
+    return RegionLayout(config.boxes, config.number, parts.run.data.whole_region)
 
 
 def make_batch(parts: Parts, examples: Sequence[Example], places: Sequence[int] | None = None) -> Batch:
@@ -192,9 +220,12 @@ def make_batch(parts: Parts, examples: Sequence[Example], places: Sequence[int] 
 
     Examples that follow each other with an equal number in ``places`` share the first one's images.
     """
-    data, side = parts.run.data, parts.model.config.vision.image_size
-    resize = EvalTransform(data.transform.model_copy(update={"image_size": side}))
+    data, vision = parts.run.data, parts.model.config.vision
     numbers = range(len(examples)) if places is None else places
+    if (layout := _layout(parts)) is not None:
+        batch = collate(examples, numbers, parts.tokenizer, {}, data.max_length, 0, regions=layout)
+        return batch.to(parts.model.device)
+    resize = EvalTransform(data.transform.model_copy(update={"image_size": vision.image_size}))
     resized: list[Example] = []
     for number, one in enumerate(examples):
         shared = number > 0 and numbers[number] == numbers[number - 1]
@@ -211,9 +242,13 @@ def make_batch(parts: Parts, examples: Sequence[Example], places: Sequence[int] 
 
 
 def blanked(batch: Batch) -> Batch:
-    """Return the batch with grey images: what a model says of it, it knows from the text alone."""
-    seen = {view: one for view, one in batch.images.items() if isinstance(one, Images)}
-    grey = {view: replace(one, pixels=torch.full_like(one.pixels, 128)) for view, one in seen.items()}
+    """Return the batch with grey images (or regions of no features): what a model says of it, the text alone told."""
+    grey: dict[str, Images | Regions] = {}
+    for view, one in batch.images.items():
+        if isinstance(one, Images):
+            grey[view] = replace(one, pixels=torch.full_like(one.pixels, 128))
+        else:
+            grey[view] = replace(one, features=torch.zeros_like(one.features))
     return replace(batch, images=grey)
 
 

@@ -32,6 +32,7 @@ from downstream.task import (
     my_share,
     no_labels,
     read_samples,
+    seen_by,
 )
 from encoders.types import Batch
 from objectives import ChooseConfig, ObjectiveConfig
@@ -210,7 +211,7 @@ class VcrConfig(TaskConfig):
         apart = two_segments(parts.run.model)
         for group in groups(samples, max(1, self.batch // self.choices)):
             examples = [
-                with_choice(one.sample, self.question_of(one.sample), choice, apart)
+                seen_by(parts, one.sample, with_choice(one.sample, self.question_of(one.sample), choice, apart))
                 for one in group
                 for choice in one.sample.texts
             ]

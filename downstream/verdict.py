@@ -31,6 +31,7 @@ from downstream.task import (
     no_labels,
     read_samples,
 )
+from encoders import RegionConfig
 from encoders.types import Batch
 from objectives import AnswerConfig, ObjectiveConfig, PairAttentionConfig
 from objectives.answer import Answer
@@ -220,8 +221,9 @@ class VerdictConfig(TaskConfig):
         Raises:
             ValueError: one has another number.
         """
+        regions = isinstance(parts.model.config.vision, RegionConfig) and self.images == 1
         for one in samples:
-            if (number := len(one.sample.images)) != self.images:
+            if not regions and (number := len(one.sample.images)) != self.images:
                 raise ValueError(
                     f"data: sample '{one.sample.key}' has {number} images, task {self.kind} wants "
                     f"{WORDS[self.images]}; name their columns or members with --data.image"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import toys
 from emoji_pictures import SHAPES, VILT, picture, styles
 from helpers import SIZES
+from PIL import Image
 
 import vlp
 from downstream.evaluate import EvaluateConfig, evaluate, parts_of, predict
@@ -22,6 +24,7 @@ from objectives import AnswerConfig, PairAttentionConfig
 from vlp.config import build
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Sample, open_reader
+from vlp.data.shards import write_shards
 from vlp.fusion.dual import DualStreamConfig
 from vlp.fusion.single import SingleStreamConfig
 
@@ -203,6 +206,50 @@ def test_mistakes_are_one_line(tmp_path):
     one = open_reader(str(tmp_path / "dev.jsonl"), image="left", text="sentence")
     with pytest.raises(ValueError, match=r"sample '0' has 1 images, task nlvr2 wants two images; .*--data\.image"):
         task.evaluate(parts_of(paired, DataConfig(text="sentence")), one)
+
+
+def test_images_keep_their_own_shape_where_the_checkpoint_was_trained_so(tmp_path):
+    fusion = {**VILT["fusion"], "images": "each"}
+    head = {"answer": {"answers": ["False", "True"], "loss": "ce"}}
+    vision = {**VILT["vision"], "position_size": 16}
+    loaded = vlp.load(toys.checkpoint(tmp_path, head, SENTENCES, **VILT | {"fusion": fusion, "vision": vision}))
+    draw, rows = np.random.default_rng(0), []
+    for number, size in enumerate([(16, 16), (40, 16), (16, 25), (30, 20)]):
+        for side in ("left", "right"):
+            pixels = draw.integers(0, 256, (*(size if side == "left" else size[::-1]), 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{side}{number}.png")
+        rows.append({"left": f"left{number}.png", "right": f"right{number}.png", "sentence": SENTENCES[0]})
+    reader = open_reader(str(toys.write_table(tmp_path / "own.jsonl", rows)), image=("left", "right"), text="sentence")
+    transform = {"resize": "shortest", "crop": "none", "multiple": 8}
+    parts = parts_of(loaded, build(DataConfig, {"text": "sentence", "max_length": 16, "transform": transform}))
+    together, alone = (
+        [list(row["probabilities"].values()) for row in Nlvr2Config(batch=size).predict(parts, reader)]
+        for size in (4, 1)
+    )
+    assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-5)
+    assert len({tuple(row) for row in together}) == 4
+
+
+def test_models_of_regions_are_finetuned_and_scored_on_arrays(tmp_path):
+    draw, samples = np.random.default_rng(0), []
+    for number in range(24):
+        file, label = io.BytesIO(), SnliVeConfig().labels[number % 3]
+        features = draw.normal(0, 0.1, (3, 8)).astype(np.float32) + np.eye(8, dtype=np.float32)[number % 3]
+        np.savez(file, features=features, boxes=draw.random((3, 4)) * 9, width=9, height=9)
+        fields = {"sentence": "it is red", "label": label, "pair_id": str(number)}
+        samples.append({"__key__": f"{number:02d}", "npz": file.getvalue(), "json": fields})
+    shard = write_shards(samples, str(tmp_path / "%02d.tar"))[0]
+    vision = {"kind": "region", "features": 8, "width": 32, "number": 4}
+    model = {"vision": vision, "text": VILT["text"], "fusion": VILT["fusion"]}
+    loaded = vlp.load(toys.checkpoint(tmp_path, {"mlm": {}}, SENTENCES, **model))
+    settings = {
+        "task": {"kind": "snli_ve", "blank_images": True},
+        "data": {"train": shard, "val": shard, "workers": 0},
+        "train": TRAIN | {"samples": 480},
+    }
+    done = finetune(finetune_config(loaded, "toy", settings), loaded, tmp_path / "run", CPU)
+    assert done.after.metrics["accuracy"] >= 0.9 and done.after.floors["blank images"]["accuracy"] < 0.5
+    assert not done.after.bad and len(done.after.predictions) == 24
 
 
 def test_alternating_fusion_can_be_finetuned(tmp_path):
