@@ -72,7 +72,7 @@ class Rows:
         return len(self.fields)
 
     def __getitem__(self, index: int) -> RawSample:
-        files = {f"{number}.png": PNG for number in range(self.images)}
+        files = {"npz": NPZ} | {f"{number}.png": PNG for number in range(self.images)}
         return RawSample(str(index), "recorded", files, dict(self.fields[index]), (f"text {index}",))
 
     def samples(self) -> list[Sample]:
@@ -86,7 +86,13 @@ def _png() -> bytes:
     return file.getvalue()
 
 
-PNG = _png()
+def _npz() -> bytes:
+    file = io.BytesIO()
+    np.savez(file, features=np.zeros((1, 2), dtype=np.float32), boxes=np.zeros((1, 4)), width=4, height=4)
+    return file.getvalue()
+
+
+PNG, NPZ = _png(), _npz()
 
 
 @dataclass(frozen=True)
