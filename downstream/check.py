@@ -15,7 +15,7 @@ from objectives.answer import Answer
 from vlp.data.columns import ANSWER_COLUMNS, QUESTION_COLUMNS, TEXT_COLUMNS, first_known
 from vlp.data.group import without_images
 from vlp.data.loader import DataConfig
-from vlp.data.reader import BadSample, Reader, Sample, decode_sample
+from vlp.data.reader import BadSample, Reader, Sample, decode_sample, open_reader
 from vlp.data.records import tolerated
 from vlp.data.split import image_hashes
 from vlp.loaded import Loaded
@@ -228,17 +228,29 @@ def outside(found: Checked, known: Collection[str], whose: str) -> list[Finding]
 def columns_of(data: DataConfig, spec: str | tuple[str, ...], answer: str | None) -> tuple[DataConfig, str]:
     """Return the settings with the text column filled in, and the answers' field, "" where there are none.
 
-    A table with columns for question and answer holds questions; others hold captions.
+    Data with fields for question and answer hold questions; others hold captions.
     """
-    if (table := open_table(data, spec)) is None:
-        return data, answer or ""
-    names = list(table[0].fields)
+    table = open_table(data, spec)
+    names = list(table[0].fields) if table is not None else _fields(open_reader(spec))
     question = first_known(names, QUESTION_COLUMNS)
     if answer is None and question is not None:
         answer = next((name for name in ANSWER_FIELDS if name in names), None) or first_known(names, ANSWER_COLUMNS)
-    text = data.text or (question if answer else None) or first_known(names, TEXT_COLUMNS) or question
-    logger.info("%s: text from %r%s", table.name, text, f", answer from {answer!r}" if answer else "")
+    text = data.text or (question if answer else None)
+    if table is not None:
+        text = text or first_known(names, TEXT_COLUMNS) or question
+    name = spec if isinstance(spec, str) else ", ".join(spec)
+    answers = f", answer from {answer!r}" if answer else ""
+    logger.info("%s: text %s%s", name, "as stored" if text is None else f"from {text!r}", answers)
     return data.model_copy(update={"text": text}), answer or ""
+
+
+def _fields(reader: Reader) -> list[str]:
+    """Names of the first sample's fields."""
+    try:
+        sample = decode_sample(without_images(reader[0]), need_image=False, need_text=False)
+    except BadSample:
+        return []
+    return list(sample.fields)
 
 
 @dataclass(frozen=True)
