@@ -268,7 +268,6 @@ def _num_rows(result: Tensor | Tokens | Fused) -> int:
     return result.pooled.shape[0]
 
 
-@torch.no_grad()
 def flops(model: Model, batch: Batch) -> tuple[float, dict[str, float]]:
     """Count forward FLOPs per sample, a multiply-add as two: (all objectives at once, each objective alone).
 
@@ -276,21 +275,26 @@ def flops(model: Model, batch: Batch) -> tuple[float, dict[str, float]]:
 
     ``batch`` must be on the meta device: on CPU the counter misses attention.
     """
-
-    def count(names: list[str]) -> float:
-        with FlopCounterMode(display=False) as counter:
-            model.losses(batch, Draw(), names)
-        return counter.get_total_flops() / max(batch.num_images, batch.num_texts)
-
     active = model.active(batch)
+    shared = count_flops(model, batch, list(active))
+    if len(active) == 1:
+        return shared, dict.fromkeys(active, shared)
+    return shared, {name: count_flops(model, batch, [*row_givers(active, name), name]) for name in active}
+
+
+@torch.no_grad()
+def count_flops(model: Model, batch: Batch, names: list[str]) -> float:
+    """Count forward FLOPs per sample of these objectives together."""
     # The counter would hook the backward pass of what modules are given, and without gradients there is none.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     try:
-        return count(list(active)), {name: count([*row_givers(active, name), name]) for name in active}
+        with FlopCounterMode(display=False) as counter:
+            model.losses(batch, Draw(), names)
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+    return counter.get_total_flops() / max(batch.num_images, batch.num_texts)
 
 
 def show(run: RunConfig) -> RenderableType:
