@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from encoders.patch import resample_patches
+from encoders.vit_weights import resample_patches
 from objectives import AnswerConfig
 from vlp.checkpoint.native import LoadReport, load_weights
 from vlp.model import Model

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from encoders.layers import Cache, attention_mask, initialise
-from encoders.patch import load_vit
 from encoders.text import BesideConfig, load_bert
 from encoders.types import AttentionKind, Tokens
+from encoders.vit_weights import load_vit
 from objectives.base import Fused, Side
 from vlp.fusion.each import ImagesPerText, fuse_each, image_modality, modality_table, pooled_width
 from vlp.fusion.joined import joined_mask, split_sides
