@@ -55,6 +55,7 @@ class Row:
 def run_trial(name: str, trial: Trial, steps: int) -> Row:
     """Train a model on one objective, and those that go with it."""
     config = build(RunConfig, trial.tree())
+    steps *= trial.longer
     model = build_model(config.model, config.objectives, vocabulary_size=tokenizer().vocabulary.size).train()
     measured = list(batches(model, trial.make, TRAIN, BATCH, MEASURED, seed=1))
     unseen = list(batches(model, trial.make, HELD_OUT, BATCH, MEASURED, seed=2))

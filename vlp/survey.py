@@ -77,6 +77,7 @@ def survey(name: str) -> Entry:
     """
     run = settle(load(RunConfig, name, group="pretrain"))
     parts = parameters_by_part(model := meta_model(run))
+    model.requires_grad_(False)  # else the counter fails on inputs that are parameters (SigLIP)
     batch = synthetic_batch(model, PAIRS, run.data.max_length, seen=run.train.samples)
     drawn = run.train.sample or {"+".join(run.objectives): 1.0}
 

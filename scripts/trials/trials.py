@@ -157,6 +157,8 @@ class Trial:
     """Settings beside the smallest model's."""
     make: Maker = pairs
     chance: Chance = own
+    longer: int = 1
+    """Times the table's steps: who sees one false pair a text, or two images, needs more than itm."""
 
     def tree(self) -> dict[str, Any]:
         """Return the settings of model and objectives."""
@@ -197,11 +199,11 @@ TRIALS: dict[str, Trial] = {
     "fused_itc": Trial({"fused_itc": {}}),
     "itm, random negatives": Trial({"itm": {}}),
     "itm, hard negatives": Trial({"itm": {"random_until": 6000, "hard_from": 12000}, "itc": {}}),
-    "itm, pairs given": Trial({"itm": {"scheme": "given"}}, make=given_pairs),
+    "itm, pairs given": Trial({"itm": {"scheme": "given"}}, make=given_pairs, longer=3),
     "rank": Trial({"rank": {"negatives": 3}}),
     "rank, margin": Trial({"rank": {"negatives": 3, "loss": "margin"}}),
     "choose": Trial({"choose": {"choices": CHOICES}}, make=choices),
-    "assign": Trial({"assign": {}}, model={"fusion": {**SINGLE, "images": "pair"}}),
+    "assign": Trial({"assign": {}}, model={"fusion": {**SINGLE, "images": "pair"}}, longer=3),
     "wra": Trial({"wra": {"weight": 1.0}, "itm": RANDOM}, chance=nothing),
     "mlm": Trial({"mlm": {"mask_probability": 0.3}}, chance=words),
     "mlm, momentum distillation": Trial({"mlm": {"mask_probability": 0.3, "distill": 0.4}}),
@@ -227,6 +229,7 @@ TRIALS: dict[str, Trial] = {
         model={"fusion": {**SINGLE, "images": "each"}},
         make=two_images,
         chance=target("answer_scores"),
+        longer=3,
     ),
     "regress": Trial({"regress": {}}, chance=value),
     "box": Trial({"box": {}}, make=placed, chance=box),
