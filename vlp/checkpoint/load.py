@@ -198,8 +198,10 @@ def _whole(path: Path, family: Family) -> Iterator[None]:
     """Say in one line that a checkpoint is not whole: a family's functions expect what a whole one holds."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
+        if isinstance(error, ValueError) and "\n" not in str(error):
+            raise  # in words already; pydantic's take several lines
+        reason = f"{type(error).__name__}: {' '.join(first_line(error).split())}"
         raise ValueError(
             f"cannot load {path}: it looks like a {family.name} checkpoint but is not whole, or needs config= "
             f"({reason}); copy it again, or give the authors' settings"

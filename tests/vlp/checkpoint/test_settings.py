@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from standins import GOLDENS
 from transformers import CLIPConfig, CLIPModel
 
@@ -151,3 +153,15 @@ def test_names_that_are_unexpected_are_those_of_the_file() -> None:
             handed_on = any("stranger" in name for name in found.state)  # to a library's own tower
             assert found.unexpected == (() if handed_on else (stranger,)), (case.name, stranger)
     assert len(seen) > 15
+
+
+def test_sizes_that_no_image_has_are_one_line(tmp_path: Path) -> None:
+    """Patches of no pixels: the image's side would be 0."""
+    shutil.copytree(GOLDENS / "hf_blip_itm", tmp_path / "blip")
+    file = tmp_path / "blip" / "model.safetensors"
+    state = {name: tensor.clone() for name, tensor in read_state(file).items()}
+    name = "vision_model.embeddings.patch_embedding.weight"
+    save_file(state | {name: state[name][:, :, :0].contiguous()}, file)
+    with pytest.raises(ValueError, match="looks like a hf_blip checkpoint but is not whole") as error:
+        vlp.load(tmp_path / "blip")
+    assert "\n" not in str(error.value)
