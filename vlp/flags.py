@@ -132,8 +132,8 @@ def _locate(tree: Tree[Any], parts: Sequence[str]) -> tuple[tuple[str, ...], Slo
             slot = slot.entry
         elif slot.classes and name == "kind" and part is parts[-1]:
             return (*path, name), _KIND
-        elif slot.classes and isinstance(value, Mapping):
-            cls = slot.class_of(value)
+        elif slot.classes and (isinstance(value, Mapping) or "" in slot.classes):
+            cls = slot.class_of(value or {})  # of a group without kinds the first flag creates what is not there
             if cls is None:  # an unknown kind, which will be reported; what is below it cannot be judged
                 return (*path, name), _KIND
             if name not in slots(cls):

@@ -110,7 +110,7 @@ def test_all_problems_at_once_each_with_path_value_remedy_and_source():
 def test_nonsense_below_a_later_layer_is_still_one_error():
     assert problems(build, Run, DATA, {"model": {"vision": {1: 2}}}, {1: {2: 3}}) == [
         "model.vision.1 = 2: unknown field; the fields here are kind, depth, width",
-        "1 = {2: 3}: unknown field; the fields here are model, data, objectives, samples, lr, note, names",
+        "1 = {2: 3}: unknown field; the fields here are model, noise, data, objectives, samples, lr, note, names",
     ]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_config import Causal, Grid, Mim, Mlm, Patch, Run, problems, write
+from toy_config import Causal, Grid, Mim, Mlm, Noise, Patch, Run, problems, write
 
 from vlp.flags import from_command_line
 
@@ -31,6 +31,12 @@ def test_flags_add_remove_and_create():
     assert flags("--model.vision", "{kind: grid, width: 4}", "--model.vision.stride", "16").model.vision == Grid(
         stride=16, width=4
     )
+
+
+def test_a_group_without_kinds_is_created_by_any_of_its_flags():
+    assert flags().noise is None
+    assert flags("--noise.steps", "5").noise == Noise(steps=5)
+    assert flags("--noise.steps", "5", "--noise.size=2").noise == Noise(steps=5, size=2.0)
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,16 @@ class Data(Config):
     cache: Path | None = None
 
 
+class Noise(Config):
+    """Settings without kinds."""
+
+    steps: int = 3
+    size: float = 0.5
+
+
 class Run(Config):
     model: Model = Model()
+    noise: Noise | None = None
     data: Data
     objectives: dict[str, Objective] = Field(default={"mlm": Mlm()})
     """What is learned."""

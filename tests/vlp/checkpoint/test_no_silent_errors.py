@@ -189,7 +189,7 @@ def test_a_tokenizer_of_more_words_than_the_model_is_refused(tmp_path: Path) -> 
 
 
 def test_a_checkpoint_without_a_tokenizer_says_so() -> None:
-    with pytest.raises(ValueError, match="comes without a tokenizer; give vlp.load"):
+    with pytest.raises(ValueError, match=r"comes without a tokenizer; give vlp\.load"):
         vlp.load(GOLDENS / "hf_clip").embed_texts(["a cat"])
     found = inspect(Path(__file__).parent / "format_1")
     assert {"embed_texts", "match"} <= set(found.abilities) and found.words == "beside the weights"
