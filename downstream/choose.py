@@ -22,6 +22,7 @@ from objectives.collectives import world_size
 from vlp.data.fetch import Prepare
 from vlp.run import Parts
 from vlp.train.config import TrainConfig
+from vlp.train.lora import count_trained
 from vlp.train.optim import freeze_parts
 from vlp.train.reading import open_loader
 
@@ -125,6 +126,8 @@ def measure(parts: Parts, prepare: Prepare, *, activations: bool = True) -> Meas
     model, config, world = parts.model, parts.run.train, world_size()
     freeze_parts(model, config.optim)
     trainable = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    if config.lora is not None:
+        trainable = count_trained(model, config.lora)
     few = config.model_copy(update={"global_batch": MEASURED * world, "micro_batch": MEASURED})
     here = parts.run.model_copy(
         update={"train": few, "data": parts.run.data.model_copy(update={"workers": 0, "hash": None})}

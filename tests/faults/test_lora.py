@@ -18,9 +18,10 @@ from objectives.base import Draw, Embed, Fuse
 from vlp.checkpoint.native import read_weights, weights_of
 from vlp.cli.dispatch import explain
 from vlp.config import load
+from vlp.model import build_model
 from vlp.pretrain import pretrain, resume
 from vlp.run import RunConfig
-from vlp.train.lora import LoraConfig, adapt, apart, merge, merged
+from vlp.train.lora import LoraConfig, adapt, apart, count_trained, merge, merged
 
 CPU = torch.device("cpu")
 
@@ -48,8 +49,8 @@ class TestLora:
         assert set(plain.state_dict()) == names and apart(model) and not apart(plain)
         found = plain.run(passes, batch)
         for one in (Embed("image"), Embed("text")):
-            torch.testing.assert_close(found[one], wanted[one])
-        torch.testing.assert_close(found[Fuse()].pooled, wanted[Fuse()].pooled)
+            torch.testing.assert_close(found[one], wanted[one], rtol=1e-4, atol=1e-4)  # added up in another order
+        torch.testing.assert_close(found[Fuse()].pooled, wanted[Fuse()].pooled, rtol=1e-4, atol=1e-4)
         merge(model)
         assert set(model.state_dict()) == names
 
@@ -66,6 +67,25 @@ class TestLora:
         loss, _ = model(tiny_batch(3), Draw(0))
         loss.backward()
         assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+    def test_a_layer_in_two_places_has_one_difference(self) -> None:
+        plain = tiny_model("dual_stream", ("itm",))
+        fusion = plain.config.fusion.model_copy(update={"images": "alternate"})  # its blocks share keys and values
+        model = build_model(plain.config.model_copy(update={"fusion": fusion}), plain.objective_configs)
+        adapt(model, LoraConfig(rank=2), seed=0)
+        first, second = (block.cross for block in model.fusion.blocks)  # type: ignore[union-attr]
+        assert first.key is second.key and hasattr(second.key, "lora_A") and first.value is second.value
+        parts = apart(model)
+        merge(model)
+        assert first.key is second.key and type(second.key) is torch.nn.Linear
+        assert "fusion.blocks.0.cross.key.base_layer.weight" in parts
+
+    @pytest.mark.parametrize("parts", [("vision", "text", "fusion"), ("fusion",)])
+    def test_what_would_be_trained_is_counted(self, parts: tuple[str, ...]) -> None:
+        model, config = tiny_model("dual_stream", ("itc", "itm", "mlm")), LoraConfig(rank=2, parts=parts)
+        counted = count_trained(model, config)
+        adapt(model, config, seed=0)
+        assert counted == sum(one.numel() for one in model.parameters() if one.requires_grad)
 
     def test_mistakes(self) -> None:
         with pytest.raises(ValueError, match=r"train\.lora\.parts \['visoin'\] have no linear layer"):

@@ -7,7 +7,7 @@ peft; what is trained, apart, is in the training state, from which a run is resu
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def adapt(model: Model, config: LoraConfig, seed: int) -> None:
 
     if model.teacher is not None:
         raise ValueError("train.lora: a momentum teacher follows whole weights; set lora none, or remove the teacher")
-    layers = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    layers = _linears(model)
     chosen = [name for name in layers if _within(name, config.parts)]
     if empty := [part for part in config.parts if not any(_within(name, (part,)) for name in layers)]:
         parts = sorted({name.split(".")[0] for name in layers})
@@ -53,9 +53,32 @@ def adapt(model: Model, config: LoraConfig, seed: int) -> None:
     scaled = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=chosen)
     with part_seed(seed, "lora"):
         peft.inject_adapter_in_model(scaled, model)
+    # peft has replaced a layer in the first place where it is; others may share it (ALBEF's two images).
+    _exchange(model, {layer.get_base_layer(): layer for _, layer in _adapted(model)})
     for name, parameter in model.named_parameters():  # peft has frozen all but the differences
         plain = name.replace(".base_layer.", ".")
         parameter.requires_grad_(plain not in before or (before[plain] and not _within(plain, config.parts)))
+
+
+def count_trained(model: Model, config: LoraConfig) -> int:
+    """Return how many parameters :func:`adapt` would leave to be trained."""
+    whole = [one for name, one in model.named_parameters() if one.requires_grad and not _within(name, config.parts)]
+    chosen = [layer for name, layer in _linears(model).items() if _within(name, config.parts)]
+    sides = sum(layer.in_features + layer.out_features for layer in chosen)
+    return sum(one.numel() for one in whole) + config.rank * sides
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that can have a difference, shared ones once, by name."""
+    return {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+
+
+def _exchange(model: nn.Module, found: Mapping[nn.Module, nn.Module]) -> None:
+    """Put modules into the place of others, wherever these are."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in found and parent is not found[child]:
+                setattr(parent, name, found[child])
 
 
 def _within(name: str, parts: tuple[str, ...]) -> bool:
@@ -80,10 +103,10 @@ def apart(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Add every difference to its layer, in place: the model is then as if it had been trained whole."""
-    for name, layer in _adapted(model):
+    layers = [layer for _, layer in _adapted(model)]
+    for layer in layers:
         layer.merge()
-        place, _, last = name.rpartition(".")
-        setattr(model.get_submodule(place), last, layer.get_base_layer())
+    _exchange(model, {layer: layer.get_base_layer() for layer in layers})
     model.requires_grad_(True)
 
 
