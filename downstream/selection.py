@@ -31,11 +31,14 @@ class Selection:
     every: int
     patience: int
     """Evaluations in a row without a better score, after which the training ends."""
+    survey: Any = None
+    """What scoring takes of the training data (``TaskConfig.for_scores``)."""
     scores: list[float] = field(default_factory=list)
 
     def __call__(self, model: Model, seen: int) -> Verdict:
         """Score a model; of equal scores the later checkpoint is the better one."""
-        score = self.task.evaluate(replace(self.parts, model=model), self.reader).metrics[self.task.headline]
+        result = self.task.evaluate(replace(self.parts, model=model), self.reader, self.survey)
+        score = result.metrics[self.task.headline]
         self.scores.append(score)
         best = self._signed(score) == max(map(self._signed, self.scores))
         told = "the best so far" if best else f"best {self.scores[self.first_best]:.3f}"

@@ -83,6 +83,13 @@ class TaskConfig(Config):
         """
         return None
 
+    def for_scores(self, survey: Any) -> Any:
+        """Return what the scores themselves, not only their floors, take of the survey: None = nothing.
+
+        Evaluations during training are given no more, since floors do not change.
+        """
+        return None
+
     def settings(self, data: DataConfig) -> DataConfig:
         """Return the data's settings with this task's defaults for what the user left open (the text column)."""
         return data

@@ -109,6 +109,10 @@ class VqaConfig(TaskConfig):
         best = {question: _ranked(counts)[0] for question, counts in by_question.items()}
         return VqaSurvey(tuple(ranked), tuple(overall[answer] for answer in ranked), best, samples)
 
+    def for_scores(self, survey: VqaSurvey) -> VqaSurvey | None:
+        """Ranking takes the training answers, where no file has a list of them."""
+        return survey if self.head == "ranked" and self.answer_file is None else None
+
     @property
     def exact(self) -> bool:
         """Whether answers are compared as they are."""
@@ -141,6 +145,8 @@ class VqaConfig(TaskConfig):
         else:
             answer = objectives.get("answer", pretrained.get("answer", AnswerConfig()))
             assert isinstance(answer, AnswerConfig)
+            if "answer" not in objectives:
+                answer = answer.model_copy(update={"masked": False})  # LXMERT's pretraining hides words
             wanted = self.answer_list(survey)
             if not self.exact:
                 wanted = tuple(dict.fromkeys(map(normalize_answer, wanted)))
@@ -150,6 +156,8 @@ class VqaConfig(TaskConfig):
                         "the checkpoint's %d answers do not hold all of the data's; its head is new",
                         len(answer.answers),
                     )
+                if "answer" not in objectives:  # its loss was of another task: verdicts take a softmax
+                    answer = answer.model_copy(update={"loss": AnswerConfig().loss})
                 answer = answer.model_copy(update={"answers": wanted})
             objectives["answer"] = answer
             if not any(isinstance(one, LmConfig) for one in objectives.values()):

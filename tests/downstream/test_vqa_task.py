@@ -12,6 +12,7 @@ import vlp
 from downstream.evaluate import EvaluateConfig, evaluate, inherited, parts_of, predict
 from downstream.finetune import finetune, finetune_config, finetune_table
 from downstream.vqa import VqaConfig, VqaSurvey, read_truth
+from objectives import AnswerConfig
 from vlp.config import build
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Sample, open_reader
@@ -183,6 +184,32 @@ def test_a_checkpoints_answers_stay_where_they_hold_the_datas(tmp_path):
     assert adapted.objectives["answer"].answers == ("red", "green", "blue", "pink")
     other = VqaSurvey(("blue", "cyan"), (3.0, 2.0), {}, 6)
     assert TASK.adapt(run, loaded.config.objectives, other).objectives["answer"].answers == ("blue", "cyan")
+
+
+def test_a_head_of_another_task_leaves_neither_its_loss_nor_its_hidden_words(tmp_path):
+    verdicts = {"answer": {"answers": ["no", "yes"], "loss": "ce", "head": "relu"}}
+    loaded = vlp.load(toys.checkpoint(tmp_path, verdicts))
+    run = finetune_config(loaded, "x", {"task": {"kind": "vqa"}})
+    found = TASK.adapt(run, loaded.config.objectives, LIST).objectives["answer"]
+    assert (found.answers, found.loss, found.head) == (("blue", "green", "red"), "bce", "relu")
+    hidden = {"answer": AnswerConfig(answers=("blue", "green", "red", "pink"), masked=True, loss="ce")}
+    found = TASK.adapt(run, hidden, LIST).objectives["answer"]
+    assert (len(found.answers), found.loss, found.masked) == (4, "ce", False), "the head itself fits"
+    stated = run.model_copy(update={"objectives": {"answer": AnswerConfig(loss="ce")}})
+    assert TASK.adapt(stated, hidden, LIST).objectives["answer"].loss == "ce"
+
+
+def test_ranked_answers_are_those_of_the_training_data_while_it_trains(tmp_path):
+    loaded = vlp.load(toys.checkpoint(tmp_path, ("itm",)))
+    train, test = (str(toys.vqa_table(tmp_path, name, 8, seed, kinds=1)) for name, seed in (("a", 1), ("b", 2)))
+    settings = {
+        "task": {"kind": "vqa", "head": "ranked"},
+        "data": {"train": train, "val": test, "workers": 0},
+        "train": {"samples": 16, "global_batch": 8, "micro_batch": 8},
+        "tune": {"every": 8, "probe": None},
+    }
+    done = finetune(finetune_config(loaded, "toy", settings), loaded, tmp_path / "run", CPU)
+    assert done.outcome.best is not None and 0 <= done.after.metrics["accuracy"] <= 1
 
 
 def test_finetuning_answers_all_and_leaves_everything_behind(tmp_path):
