@@ -41,22 +41,25 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
 def levels_of(part: nn.Module) -> tuple[int, dict[str, int]]:
     """Return a part's blocks, and how many of them each parameter is away from its output, its own included.
 
-    The blocks are the longest numbered list of modules; what comes before it are embeddings, one below the first block;
-    what comes after it is at the output.
+    The blocks are the longest numbered list of modules, and those beside it that are as long or end one earlier (a
+    second stream, whose last block nobody may read); what comes before them are embeddings, one below the first block;
+    what comes after them is at the output.
     """
     names = [name for name, _ in part.named_parameters()]
     prefixes = [_numbered(name) for name in names]
     lists = Counter(prefix for prefix, _ in {one for one in prefixes if one is not None})
     if not lists:
         return 0, dict.fromkeys(names, 1)
-    stack, number = lists.most_common(1)[0]
-    first = next(index for index, one in enumerate(prefixes) if one is not None and one[0] == stack)
+    number = max(lists.values())
+    stacks = {stack for stack, length in lists.items() if length == number or 1 <= length == number - 1}
+    stacks = {stack for stack in stacks if stack.endswith("blocks")} or stacks  # bridge has lists of links, too
+    first = next(index for index, one in enumerate(prefixes) if one is not None and one[0] in stacks)
     found = {}
     for index, (name, one) in enumerate(zip(names, prefixes, strict=True)):
-        if one is not None and one[0] == stack:
+        if one is not None and one[0] in stacks:
             found[name] = number - one[1]
         else:
-            found[name] = number + 1 if index < first else 0
+            found[name] = number + 1 if index < first and not name.startswith("pooler.") else 0
     return number, found
 
 

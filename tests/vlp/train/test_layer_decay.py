@@ -28,6 +28,22 @@ def test_blocks_count_from_the_heads():
     assert heads and all(found[name] == 1.0 for name in heads)
 
 
+@pytest.mark.parametrize("pooler", ["concat", "cls"])  # of which the second reads no image, and needs one block less
+def test_both_streams_count_alike(pooler):
+    config = tiny_model("dual_stream", ("itm",)).config
+    fusion = config.fusion.model_copy(update={"attention": "co", "pooler": pooler, "layers": 3})
+    model = build_model(
+        config.model_copy(update={"fusion": fusion}), tiny_model("dual_stream", ("itm",)).objective_configs
+    )
+    found = scales(model)
+    images = len(model.fusion.image_blocks)
+    assert images == (3 if pooler == "concat" else 2)
+    for number in range(images):
+        name = f"{number}.feed.up.weight"
+        assert found[f"fusion.image_blocks.{name}"] == found[f"fusion.blocks.{name}"] == 0.5 ** (3 - number)
+    assert all(found[name] == 1.0 for name in found if name.startswith("fusion.pooler."))
+
+
 def test_fusion_that_is_the_tower():
     config = tiny_model("single_stream", ("itm",)).config
     vision = config.vision.model_copy(update={"depth": 0})
