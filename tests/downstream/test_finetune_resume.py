@@ -91,6 +91,9 @@ def test_what_cannot_be_gone_on_with_is_said(whole, tmp_path, capsys):
     assert "vlp pretrain --resume" in capsys.readouterr().err
     assert main(["finetune", "captioning", "--resume", str(whole)]) == 2
     assert "leave out TASK, --data, --out and --init" in capsys.readouterr().err
+    for option in ("--lora", "--published"):
+        assert main(["finetune", "--resume", str(whole), option]) == 2
+        assert "leave out --lora and --published" in capsys.readouterr().err
     run = stopped(whole, 16, "changed")
     (whole.parent / "captions.csv").rename(tmp_path / "kept.csv")
     try:

@@ -116,6 +116,8 @@ def finetune_config(arguments: Arguments, flags: list[str]) -> Config:
     if arguments.resume is not None:
         if arguments.task or arguments.out or arguments.init or arguments.data:
             raise ValueError("--resume takes everything from the run; leave out TASK, --data, --out and --init")
+        if arguments.lora is not None or arguments.published:
+            raise ValueError("--resume goes on with the run's own settings; leave out --lora and --published")
         arguments.found = find_checkpoint(arguments.resume, newest=True)
         return resumed_config(arguments.found, flags)
     recipe, task = choose_task(arguments, flags)

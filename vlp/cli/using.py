@@ -137,14 +137,15 @@ def compare_predictions(arguments: Arguments) -> None:
 def predict(arguments: Arguments, config: Any) -> None:
     """Run `vlp predict`."""
     from downstream import evaluate as evaluation
+    from objectives.collectives import rank
     from vlp.train.distributed import pick_device, process_group
 
     config = with_columns(config, labelled=False)
     path = arguments.out or Path("runs") / f"{name_of(config)}.jsonl"
     with process_group(pick_device(arguments.device)):
         number = evaluation.predict(config, arguments.loaded, path)
-        if arguments.submission is not None:
-            rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+        if arguments.submission is not None and rank() == 0:  # which alone has written the predictions
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
             evaluation.write_submission(arguments.submission, config.task, rows)
     logger.info("%d predictions in %s", number, path)
 
