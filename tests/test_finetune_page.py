@@ -5,10 +5,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from downstream import AnyTask
 from vlp.cli import main
-from vlp.config import slot_of
+from vlp.config import list_recipes, slot_of
 
 PAGE = (Path(__file__).parent.parent / "configs" / "finetune" / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^<!-- untried here -->\n```bash\n(.*?)^```$", PAGE, re.M | re.S)
@@ -34,3 +35,11 @@ def test_every_block_is_marked_and_every_finetuned_task_has_a_row():
     assert {words[2] for words in COMMANDS if words[1] == "finetune"} == kinds
     for place in re.findall(r"\(#(\w+)\)", PAGE):
         assert f"\n## {place}\n" in PAGE
+
+
+@pytest.mark.parametrize("name", list_recipes("finetune"))
+def test_a_recipes_head_creates_the_objectives_that_it_sets(name: str) -> None:
+    text = (Path(__file__).parents[1] / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+    named = re.findall(r"--objectives\.(\w+)\.([\w-]+)", text)
+    stated = yaml.safe_load(text).get("objectives") or {}
+    assert {one for one, _ in named} <= {one for one, field in named if field == "kind"} | set(stated)
