@@ -72,7 +72,7 @@ def test_the_installed_command_in_a_folder_that_holds_encoders(place, tmp_path):
             [place / "bin" / "vlp", *words], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         for words in (
-            ["recipes"],
+            ["recipes", "--names"],
             ["show", "demo"],
             ["pretrain", recipe, "--out", "run", "--device", "cpu", "--data.where", "{split: val}"],
         )

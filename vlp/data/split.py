@@ -110,8 +110,8 @@ def _split(reader: Reader, share: float) -> Split:
     known = sorted({image for image in images if image is not None})
     if len(known) < 2:
         raise ValueError(
-            f"data.split {share:g}: {len(known)} of the {len(reader)} samples have an image that can be read, which "
-            "cannot be divided; name validation data with --data.val"
+            f"data.split {share:g}: the {len(reader)} samples show {len(known) or 'no'} image that can be read, and "
+            "dividing takes two; name validation data with --data.val"
         )
     number = min(max(round(share * len(known)), 1), LARGEST, len(known) - 1)
     held = set(known[:number])

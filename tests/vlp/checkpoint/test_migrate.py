@@ -19,6 +19,7 @@ import vlp
 from objectives import ItcConfig, ItmConfig
 from objectives.base import ModelSpec
 from objectives.itc import Itc
+from objectives.settings import ObjectiveSettings
 from vlp import recipes
 from vlp.checkpoint import load as load_module
 from vlp.checkpoint.migrate import MIGRATIONS, migrate
@@ -42,7 +43,7 @@ def test_every_format_loads_and_says_the_same(number: int) -> None:
         assert ours == pytest.approx(flat, abs=1e-5)
 
 
-class RenamedItcConfig(Config):
+class RenamedItcConfig(ObjectiveSettings):
     """ITC as format 2 might have it: `positives` is called `true_pairs`."""
 
     kind: Literal["itc"] = "itc"

@@ -86,7 +86,7 @@ def test_unreadable_images_train_and_named_data_are_not_split(tmp_path, rows):
 
 def test_one_image_cannot_be_divided(tmp_path, rows):
     with pytest.raises(
-        ValueError, match=r"data\.split 0\.1: 1 of the 2 samples .*cannot be divided; name .*--data\.val"
+        ValueError, match=r"data\.split 0\.1: the 2 samples show 1 image that can be read, .* --data\.val"
     ):
         path = table(tmp_path, [rows[0], {"image": "gone.png", "caption": "gone"}])
         open_validation_data(DataConfig(train=str(path), split=0.1))
