@@ -96,7 +96,7 @@ class DataConfig(Config):
         """Return what is read of a source, ``main`` or one of ``sources``; these have no more than their own settings.
 
         Raises:
-            ValueError: its data are not named.
+            ValueError: its data are not named, or are those that `split` holds a part out of.
         """
         if source == MAIN:
             return self
@@ -105,6 +105,11 @@ class DataConfig(Config):
             raise ValueError(
                 f"data.sources.{source}.train is not set; name the data with --data.sources.{source}.train, or leave "
                 f"them out with --data.sources.{source} none, and the objectives that need them"
+            )
+        if self.split is not None and self.val is None and given.train == self.train:
+            raise ValueError(
+                f"data.sources.{source}.train names the data of data.train, of which data.split {self.split:g} holds "
+                "out a part for validation; name validation data with --data.val"
             )
         plain = {"texts_per_image": 1, "pairing": None, "alternates": None, "alternate_share": 0.0, "group": None}
         without: dict[str, Any] = {"val": None, "split": None, "sources": {}}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlp.config import build
 from vlp.data.loader import DataConfig
 from vlp.data.reader import open_reader
 from vlp.data.split import split_by_image
@@ -92,3 +93,10 @@ def test_one_image_cannot_be_divided(tmp_path, rows):
         open_validation_data(DataConfig(train=str(path), split=0.1))
     with pytest.raises(ValueError, match=r"data\.val is not set"):
         open_validation_data(DataConfig(train=str(path)))
+
+
+def test_a_source_of_the_same_data_would_train_on_what_is_held_out() -> None:
+    data = build(DataConfig, {"train": "a.csv", "split": 0.1, "sources": {"text": {"train": "a.csv", "only": "text"}}})
+    with pytest.raises(ValueError, match=r"data\.sources\.text\.train names the data of data\.train.*--data\.val"):
+        data.of("text")
+    assert data.model_copy(update={"val": "b.csv"}).of("text").split is None
