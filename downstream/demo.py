@@ -172,16 +172,21 @@ def score(loaded: Loaded, task: AnyTask, data: Mapping[str, Any], folder: Path) 
 def tune(
     config: DemoConfig, loaded: Loaded, checkpoint: Path, task: str, folder: Path, device: torch.device, command: str
 ) -> Result:
-    """Finetune by the recipe `finetune/demo_TASK`; return the score after."""
+    """Finetune by the recipe `finetune/demo_TASK`; return the score after.
+
+    Captions stand beside those of the training images that the pretrained model itself holds for most alike.
+    """
     samples = config.vqa if task == "vqa" else config.captioning
     layers = load_recipe(f"demo_{task}", group="finetune")
     base = checkpoint_layer(loaded.config)
     recipe = build(FinetuneConfig, base, *layers)
     warmup = round(recipe.train.optim.warmup * samples / recipe.train.samples)
-    settings = {
+    settings: dict[str, Any] = {
         "init": str(checkpoint),
         "train": {"samples": samples, "seed": config.seed, "optim": {"warmup": warmup}},
     }
+    if task == "captioning" and loaded.model.space() is not None:
+        settings["task"] = {"neighbours_by": str(checkpoint)}
     run = build(FinetuneConfig, base, *layers, Layer(settings, "demo"))
     done = finetune(run, loaded, folder / task, device, command=command)
     if done.after is None:
