@@ -24,7 +24,7 @@ class LoraConfig(Config):
 
     rank: int = Field(default=8, ge=1)
     """Of the difference."""
-    alpha: float = Field(default=16.0, gt=0)
+    alpha: int = Field(default=16, ge=1)
     """The difference counts `alpha` / `rank`."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """On what the difference reads."""
