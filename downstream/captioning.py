@@ -20,6 +20,7 @@ from downstream.metrics.captioning import caption_metrics, cider_d, rouge_l
 from downstream.metrics.java import JavaMetric, java_metrics
 from downstream.metrics.tokenize import tokenize
 from downstream.nearest import TrainImages, by_embedding, by_pixels, nearest_captions
+from downstream.scst import ScoredExample, Scst, ScstConfig, scored_id, settle_scst
 from downstream.task import (
     EvalSample,
     R,
@@ -50,6 +51,7 @@ from vlp.model import Model
 
 if TYPE_CHECKING:
     from vlp.run import Parts, RunConfig
+    from vlp.train.step import Rewrite
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,8 @@ class CaptionSurvey:
     """Whose captions the nearest-neighbour floor copies."""
     nearest: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict, compare=False)
     """What it copied, by way and fingerprint of the data: it does not change while a model is trained."""
+    references: Mapping[int, Sequence[str]] = field(default_factory=dict, compare=False)
+    """Captions of each image, by its id in training; only where sampled captions are held against them (scst)."""
 
 
 class CaptioningConfig(TaskConfig):
@@ -83,6 +87,9 @@ class CaptioningConfig(TaskConfig):
     """Training images that the nearest-neighbour floor looks through; 0 = no such floor."""
     neighbours_by: str | None = None
     """Checkpoint by whose image embeddings it looks, beside pixels."""
+    scst: ScstConfig | None = None
+    """Train on captions that the model draws, each by its CIDEr-D (self-critical sequence training); none = on the
+    data's."""
 
     headline: ClassVar[str] = "CIDEr-D"
 
@@ -91,14 +98,17 @@ class CaptioningConfig(TaskConfig):
         bad: dict[str, str] = {}
         counts: Counter[str] = Counter()
         first: dict[str, tuple[int, str]] = {}
+        references: dict[int, list[str]] = {}
         for one in read_samples(reader, data, bad, images=False):
             counts.update(one.sample.texts)
+            if self.scst is not None:
+                references.setdefault(scored_id(one.sample, data), []).extend(one.sample.texts)
             first.setdefault(one.image, (one.index, one.sample.texts[0]))
         if not counts:
             raise ValueError(no_labels("train", len(reader), bad))
         caption, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
         images = TrainImages(reader, data, dict(first.values())).some(self.neighbours)
-        return CaptionSurvey(caption, count, counts.total(), images)
+        return CaptionSurvey(caption, count, counts.total(), images, references=references)
 
     def adapt(self, run: R, pretrained: Mapping[str, ObjectiveConfig], survey: CaptionSurvey) -> R:
         """Train the decoder on the image tokens; fusion and text blocks, which nothing else reads, are left out.
@@ -107,6 +117,11 @@ class CaptioningConfig(TaskConfig):
         checkpoint that writes by masks (BEiT-3's seq2seq_mlm) goes on so, unless lm is stated; one that writes with its
         fusion (GIT's lm of memory beside) does too.
         """
+        if self.scst is not None:
+            return self._adapt(settle_scst(run, pretrained), pretrained)
+        return self._adapt(run, pretrained)
+
+    def _adapt(self, run: R, pretrained: Mapping[str, ObjectiveConfig]) -> R:
         objectives, model = dict(run.objectives), run.model
         by_masks = {name: one for name, one in pretrained.items() if isinstance(one, Seq2SeqMlmConfig)}
         if "lm" not in objectives and (by_masks or any(isinstance(o, Seq2SeqMlmConfig) for o in objectives.values())):
@@ -133,7 +148,15 @@ class CaptioningConfig(TaskConfig):
 
     def prepare(self, run: RunConfig) -> Prepare:
         """Return image and one of its captions, drawn anew each time."""
-        return pair_example
+        return pair_example if self.scst is None else ScoredExample(run.data)
+
+    def rewrite(self, parts: Parts, survey: CaptionSurvey) -> Rewrite | None:
+        """Return what draws captions and weighs them by their scores, where ``scst`` is set."""
+        if self.scst is None:
+            return None
+        writer = _writer(parts.model)
+        assert writer is not None
+        return Scst(self.scst, parts.tokenizer, writer, survey.references)
 
     def lacks(self, model: Model) -> str | None:
         """Captioning takes a decoder that reads images, or masks that become words (BEiT-3)."""

@@ -25,6 +25,7 @@ from vlp.train.config import TrainConfig
 from vlp.train.lora import count_trained
 from vlp.train.optim import freeze_parts
 from vlp.train.reading import open_loader
+from vlp.train.step import Rewrite
 
 logger = logging.getLogger(__name__)
 
@@ -61,18 +62,21 @@ class Measured:
     """Bytes that there are on this rank's device."""
 
 
-def choose_training(parts: Parts, auto: Collection[Chosen], prepare: Prepare) -> TrainConfig:
+def choose_training(
+    parts: Parts, auto: Collection[Chosen], prepare: Prepare, rewrite: Rewrite | None = None
+) -> TrainConfig:
     """Return the run's training settings with those named in ``auto`` chosen, and say each with its reason.
 
     Args:
         parts: the assembled run, its model on the device where it is trained.
         auto: what is to be chosen.
         prepare: sample -> example, for the activations to be measured on the data.
+        rewrite: what trains in place of a micro-batch, if anything does.
     """
     config = parts.run.train
     if not auto:
         return config
-    measured = measure(parts, prepare, activations="micro_batch" in auto)
+    measured = measure(parts, prepare, activations="micro_batch" in auto, rewrite=rewrite)
     values, reasons = choose(config, auto, measured)
     for name, reason in reasons.items():
         logger.info("%s %s: %s", name, f"{values[name]:,}" if isinstance(values[name], int) else values[name], reason)
@@ -121,7 +125,7 @@ def _micro_batch(share: int, measured: Measured) -> tuple[int, str]:
     return micro, reason
 
 
-def measure(parts: Parts, prepare: Prepare, *, activations: bool = True) -> Measured:
+def measure(parts: Parts, prepare: Prepare, *, activations: bool = True, rewrite: Rewrite | None = None) -> Measured:
     """Count samples and parameters, and the bytes that a sample's forward pass keeps; the same on all ranks."""
     model, config, world = parts.model, parts.run.train, world_size()
     freeze_parts(model, config.optim)
@@ -140,8 +144,10 @@ def measure(parts: Parts, prepare: Prepare, *, activations: bool = True) -> Meas
         logging.getLogger("vlp.train.reading").setLevel(level)
     kept = 0
     if activations:
-        batch = next(loader.steps(0, MEASURED * world))[0]
-        kept = kept_bytes(parts, batch.to(model.device)) // MEASURED
+        batch = next(loader.steps(0, MEASURED * world))[0].to(model.device)
+        if rewrite is not None:
+            batch = rewrite(model, batch, Draw(config.seed))
+        kept = kept_bytes(parts, batch) // MEASURED
     free = min(gather([free_memory(model.device)]))
     return Measured(loader.order.size, trainable, max(gather([kept])), free)
 

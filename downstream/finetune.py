@@ -35,6 +35,7 @@ from vlp.recipes import lift
 from vlp.run import Parts, assemble
 from vlp.train.loop import Outcome, train
 from vlp.train.state import read_state
+from vlp.train.step import Rewrite
 
 __all__ = [
     "FinetuneConfig",
@@ -114,12 +115,14 @@ def finetune(
     parts = with_hash(assemble(adapted, tokenizer=loaded.tokenizer, pretrained=False))
     transfer = take_weights(parts.model, loaded.model.to("cpu"))
     say_transfer(transfer)
-    parts = _settled(parts, device, periodic)
+    rewrite = run.task.rewrite(parts, scored.survey)
+    parts = _settled(parts, device, periodic, rewrite)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / BEFORE).write_text(json.dumps(asdict(before), indent=1) + "\n", encoding="utf-8")
     prepare = run.task.prepare(parts.run)
-    outcome = train(parts, folder, device, prepare=prepare, command=command, evaluation=_selection(parts, scored))
+    more: dict[str, Any] = {"evaluation": _selection(parts, scored), "rewrite": rewrite, "command": command}
+    outcome = train(parts, folder, device, prepare=prepare, **more)
     done = Finetuned(score, before.lacked, None, transfer, outcome)
     return _finish(done, parts, before, loaded, folder, scored, command)
 
@@ -170,6 +173,7 @@ def resume(
     else:
         logger.info("going on with %s at %s of %s samples", folder, f"{seen:,}", f"{run.train.samples:,}")
         more: dict[str, Any] = {"seen": seen, "restored": state, "evaluation": select, "command": command}
+        more["rewrite"] = run.task.rewrite(parts, scored.survey)
         outcome = train(parts, folder, device, prepare=run.task.prepare(parts.run), **more)
     score = None if before.metrics is None else Result(before.metrics, {}, [])
     done = Finetuned(score, before.lacked, None, LoadReport(), outcome)
@@ -229,12 +233,12 @@ def _before(run: FinetuneConfig, loaded: Loaded, scored: _Scored, device: torch.
     return Before(None if score is None else score.metrics, lacked, found), score
 
 
-def _settled(parts: Parts, device: torch.device, periodic: bool) -> Parts:
+def _settled(parts: Parts, device: torch.device, periodic: bool, rewrite: Rewrite | None) -> Parts:
     """The parts on their device, with everything chosen that was left to us."""
     run = parts.run
     assert isinstance(run, FinetuneConfig) and parts.reader is not None
     parts.model.to(device)
-    config = choose_training(parts, run.auto, run.task.prepare(run))
+    config = choose_training(parts, run.auto, run.task.prepare(run), rewrite)
     tune = run.tune
     if tune.every is None and periodic:
         every = min(max(len(parts.reader), config.samples // 20), config.samples)

@@ -36,6 +36,7 @@ from vlp.model import Model, ModelConfig
 
 if TYPE_CHECKING:
     from vlp.run import Parts, RunConfig
+    from vlp.train.step import Rewrite
 
 ARRAYS = ("npz", "npy")
 """Endings of members with arrays of an image's regions."""
@@ -107,6 +108,15 @@ class TaskConfig(Config):
     def prepare(self, run: RunConfig) -> Prepare:
         """Return how a training sample becomes an example; picklable."""
         raise AssertionError(f"{type(self).__name__} does not define prepare")
+
+    def rewrite(self, parts: Parts, survey: Any) -> Rewrite | None:
+        """Return what gives the texts to train on where the model writes them itself; None = the data's are used.
+
+        Args:
+            parts: of the run.
+            survey: of the training data.
+        """
+        return None
 
     def lacks(self, model: Model) -> str | None:
         """Return what the model lacks for this task, in words; None = it can be evaluated as it is."""

@@ -27,7 +27,7 @@ from vlp.train.reading import open_loader
 from vlp.train.sample import check_sample, sampled
 from vlp.train.signals import agreed, stop_signal
 from vlp.train.state import TrainState, write_config
-from vlp.train.step import NonFiniteError, StepReport, TrainStep
+from vlp.train.step import NonFiniteError, Rewrite, StepReport, TrainStep
 
 if TYPE_CHECKING:
     from vlp.run import Parts
@@ -59,6 +59,7 @@ def train(
     seen: int = 0,
     restored: Mapping[str, Any] | None = None,
     evaluation: Evaluation | None = None,
+    rewrite: Rewrite | None = None,
 ) -> Outcome:
     """Train ``parts.model`` in place on ``parts.reader``.
 
@@ -71,6 +72,7 @@ def train(
         seen: samples that the run had seen at its checkpoint.
         restored: the training state of that checkpoint.
         evaluation: looks at the model every so many samples and at the end; None: nobody does.
+        rewrite: gives what each micro-batch is trained on (captions that the model wrote); None: itself.
 
     Raises:
         ValueError: the data are unusable.
@@ -81,10 +83,9 @@ def train(
     freeze_parts(parts.model, config.optim)
     if config.lora is not None:
         adapt(parts.model, config.lora, config.seed)
-    leaves_out = bool(config.sample or parts.sources)
-    model = wrap(parts.model.to(device).train(), config, device, leaves_out)
+    model = wrap(parts.model.to(device).train(), config, device, leaves_out=bool(config.sample or parts.sources))
     loader = open_loader(parts, prepare)
-    more: dict[str, Any] = {"precision": config.precision, "adversarial": config.adversarial}
+    more: dict[str, Any] = {"precision": config.precision, "adversarial": config.adversarial, "rewrite": rewrite}
     step = TrainStep(model, config.optim, seed=config.seed, total=config.samples, **more)
     state = TrainState(folder, parts, step, command, config.keep, evaluation)
     meter = Meter(device)

@@ -7,7 +7,7 @@ gather, and one small vector of losses and metrics, which makes report and stop 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,9 @@ from vlp.train.adversarial import AdversarialConfig, Adversary
 from vlp.train.optim import OptimConfig, build_average, build_optimizer, learning_rate, set_learning_rate
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16"]
+
+Rewrite: TypeAlias = Callable[[Model, Batch, Draw], Batch]
+"""What a model is trained on in place of a micro-batch, where that hangs on the model itself: texts that it wrote."""
 
 
 class NonFiniteError(ValueError):
@@ -67,6 +70,7 @@ class TrainStep:
         total: samples of the whole run.
         precision: "auto": bf16 autocast on CUDA, fp32 elsewhere.
         adversarial: noise that each micro-batch is run with; None: none.
+        rewrite: gives what each micro-batch is trained on; None: itself.
 
     Attributes:
         average: the moving average of the weights, in ``average.module``; None if the recipe asks for none.
@@ -84,12 +88,13 @@ class TrainStep:
         total: int,
         precision: Precision = "auto",
         adversarial: AdversarialConfig | None = None,
+        rewrite: Rewrite | None = None,
     ) -> None:
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         assert isinstance(inner, Model)
         learning_rate(config, 0, total)  # a warmup that does not fit is an error now, not at the first step
         self.wrapped, self.model = model, inner
-        self.config, self.seed, self.total = config, seed, total
+        self.config, self.seed, self.total, self.rewrite = config, seed, total, rewrite
         self.adversary = None if adversarial is None else Adversary(inner, adversarial, seed)
         self.device = inner.device
         self.bf16 = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
@@ -109,6 +114,10 @@ class TrainStep:
         """
         batches = [batch.to(self.device) for batch in batches]
         started = batches[0].seen
+        if self.rewrite is not None:
+            with self._precision():
+                draws = self._draws(batches)
+                batches = [self.rewrite(self.model, one, draw) for one, draw in zip(batches, draws, strict=True)]
         samples = count_samples(batches)
         self.optimizer.zero_grad()
         self.model.before_step()
@@ -163,7 +172,7 @@ class TrainStep:
     def _backward(self, batches: Sequence[Batch], started: int, names: list[str] | None) -> dict[str, Tensor]:
         """Sum the step's gradients; return its losses and metrics."""
         number, last = len(batches), len(batches) - 1
-        draws = [Draw(self.seed, started, rank() * number + index) for index in range(number)]
+        draws = self._draws(batches)
         counts = [self.model.counts(batch, names) for batch in batches]
         totals = global_counts(sum_by_name(counts))
         contrast = contrast_step(self.model, batches, draws, names, totals, self._precision)
@@ -185,6 +194,11 @@ class TrainStep:
         if several:
             self._average_gradients()
         return self._mean(terms, totals)
+
+    def _draws(self, batches: Sequence[Batch]) -> list[Draw]:
+        """The randomness of each micro-batch."""
+        number = len(batches)
+        return [Draw(self.seed, batches[0].seen, rank() * number + index) for index in range(number)]
 
     def _average_gradients(self) -> None:
         """Average the gradients over ranks, where DDP cannot: its last backward sees only what the last source trains.
