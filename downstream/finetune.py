@@ -30,7 +30,7 @@ from vlp.data.reader import Reader
 from vlp.data.tokenizer import load_tokenizer
 from vlp.flags import from_command_line
 from vlp.loaded import Loaded
-from vlp.pretrain import refuse_changes, say_changes, with_hash
+from vlp.pretrain import refuse_changes, restore_weights, say_changes, with_hash
 from vlp.recipes import lift
 from vlp.run import Parts, assemble
 from vlp.train.loop import Outcome, train
@@ -157,12 +157,7 @@ def resume(
     if over:
         refuse_changes(folder, old, run)
     say_changes(old, run)
-    try:
-        load_weights(parts.model, read_weights(checkpoint))
-    except ValueError as error:
-        raise ValueError(
-            f"--resume {folder}: {error}; begin a new run from its weights with --init {folder}"
-        ) from error
+    restore_weights(parts.model, checkpoint, folder)
     parts = with_hash(replace(parts, model=parts.model.to(device)))
     before = Before(**json.loads((folder / BEFORE).read_text(encoding="utf-8")))
     loaded = None if before.probe is None else _reopened(run)

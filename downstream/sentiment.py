@@ -23,9 +23,7 @@ from downstream.task import (
     batches,
     blanked,
     evaluating,
-    gather,
-    gather_bad,
-    my_share,
+    labelled_rows,
     no_labels,
     read_samples,
 )
@@ -74,7 +72,7 @@ class SentimentConfig(TaskConfig):
         bad: dict[str, str] = {}
         values = [value for _, value in self._labelled(read_samples(reader, data, bad, images=False), bad)]
         if not values:
-            raise ValueError(no_labels("train", len(reader), bad).replace("--task.answer", "--task.label"))
+            raise ValueError(no_labels("train", len(reader), bad, "--task.label"))
         return SentimentSurvey(sum(values) / len(values), len(values))
 
     def adapt(self, run: R, pretrained: Mapping[str, ObjectiveConfig], survey: SentimentSurvey) -> R:
@@ -100,19 +98,9 @@ class SentimentConfig(TaskConfig):
         Floors: "mean" says the training data's mean of every sample; "blank images", where asked for, is the model on
         grey images.
         """
-        bad: dict[str, str] = {}
-        samples = read_samples(reader, parts.run.data, bad, indices=range(len(reader))[my_share(len(reader))])
-        values: list[float] = []
-
-        def remember() -> Iterator[EvalSample]:
-            for one, value in self._labelled(samples, bad):
-                values.append(value)
-                yield one
-
-        rows = gather(list(self._rows(parts, remember())))
-        values, bad = gather(values), gather_bad(bad)
-        if not rows:
-            raise ValueError(no_labels("val", len(reader), bad).replace("--task.answer", "--task.label"))
+        rows, values, bad = labelled_rows(
+            parts, reader, self._labelled, lambda samples: self._rows(parts, samples), "--task.label"
+        )
         for row, value in zip(rows, values, strict=True):
             row |= {"label": value}
             signs = float((row["prediction"] >= 0) == (value >= 0))

@@ -7,7 +7,7 @@ checkpoint loads to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -303,12 +303,47 @@ def my_share(number: int) -> slice:
     return slice(share.start, share.stop)
 
 
-def no_labels(which: str, number: int, bad: Mapping[str, str]) -> str:
-    """Return the error for data of which no sample can be used."""
+def labelled_rows(
+    parts: Parts,
+    reader: Reader,
+    labelled: Callable[[Iterator[EvalSample], dict[str, str]], Iterable[tuple[EvalSample, T]]],
+    predict: Callable[[Iterator[EvalSample]], Iterable[dict[str, Any]]],
+    option: str = "--task.answer",
+) -> tuple[list[dict[str, Any]], list[T], dict[str, str]]:
+    """Predict this rank's share of the labelled samples; return all ranks' rows, a label for each, and bad samples.
+
+    Args:
+        parts: model, tokenizer, run.
+        reader: the data.
+        labelled: samples -> those that have a label, with it; the others are noted in what it is given.
+        predict: samples -> one row for each, in order.
+        option: flag that names the labels' field.
+
+    Raises:
+        ValueError: no sample can be used.
+    """
+    bad: dict[str, str] = {}
+    samples = read_samples(reader, parts.run.data, bad, indices=range(len(reader))[my_share(len(reader))])
+    labels: list[T] = []
+
+    def remember() -> Iterator[EvalSample]:
+        for one, label in labelled(samples, bad):
+            labels.append(label)
+            yield one
+
+    rows = gather(list(predict(remember())))
+    every, bad = gather(labels), gather_bad(bad)
+    if not rows:
+        raise ValueError(no_labels("val", len(reader), bad, option))
+    return rows, every, bad
+
+
+def no_labels(which: str, number: int, bad: Mapping[str, str], option: str = "--task.answer") -> str:
+    """Return the error for data of which no sample can be used; ``option``: the flag that names the labels' field."""
     key, reason = next(iter(bad.items()), ("", "no samples"))
     return (
         f"data.{which}: none of its {number} samples can be used; the first, {key!r}: {reason}; name the columns or "
-        "fields with --data.text and, for answers, --task.answer"
+        f"fields with --data.text and, for answers, {option}"
     )
 
 

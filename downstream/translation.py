@@ -27,9 +27,7 @@ from downstream.task import (
     blanked,
     decoder_beside,
     evaluating,
-    gather,
-    gather_bad,
-    my_share,
+    labelled_rows,
     no_labels,
     read_samples,
 )
@@ -145,19 +143,9 @@ class TranslationConfig(TaskConfig):
         sentence; with ``blank_images`` the same model on grey images.
         """
         need_sacrebleu()
-        bad: dict[str, str] = {}
-        mine = range(len(reader))[my_share(len(reader))]
-        targets: list[tuple[str, ...]] = []
-
-        def remember() -> Iterator[EvalSample]:
-            for one, given in self._labelled(read_samples(reader, parts.run.data, bad, indices=mine), bad):
-                targets.append(given)
-                yield one
-
-        rows = gather(list(self._translations(parts, remember())))
-        targets, bad = gather(targets), gather_bad(bad)
-        if not rows:
-            raise ValueError(no_labels("val", len(reader), bad))
+        rows, targets, bad = labelled_rows(
+            parts, reader, self._labelled, lambda samples: self._translations(parts, samples)
+        )
         for row, given in zip(rows, targets, strict=True):
             row |= {"targets": list(given), "metrics": {"exact match": float(_is_exact(row["translation"], given))}}
         metrics, notes = self._score([row["translation"] for row in rows], targets)

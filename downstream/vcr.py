@@ -25,12 +25,9 @@ from downstream.task import (
     TaskConfig,
     blanked,
     evaluating,
-    gather,
-    gather_bad,
     groups,
+    labelled_rows,
     make_batch,
-    my_share,
-    no_labels,
     read_samples,
     seen_by,
 )
@@ -95,23 +92,9 @@ class VcrConfig(TaskConfig):
 
         Floor: "chance", and "blank images" where asked for.
         """
-        bad: dict[str, str] = {}
-        samples = read_samples(reader, parts.run.data, bad, indices=range(len(reader))[my_share(len(reader))])
-        labels: list[int] = []
-
-        def remember() -> Iterator[EvalSample]:
-            for one in self._whole(samples, bad):
-                try:
-                    labels.append(self.read_label(one.sample))
-                except BadSample as error:
-                    bad[error.key] = error.reason
-                else:
-                    yield one
-
-        rows = gather(list(self._rows(parts, remember())))
-        labels, bad = gather(labels), gather_bad(bad)
-        if not rows:
-            raise ValueError(no_labels("val", len(reader), bad).replace("--task.answer", "--task.label"))
+        rows, labels, bad = labelled_rows(
+            parts, reader, self._labelled, lambda samples: self._rows(parts, samples), "--task.label"
+        )
         for row, label in zip(rows, labels, strict=True):
             correct = row["prediction"] == label
             row |= {"label": label, "correct": correct, "metrics": {"accuracy": float(correct)}}
@@ -130,6 +113,13 @@ class VcrConfig(TaskConfig):
         yield from self._rows(parts, self._whole(read_samples(reader, parts.run.data, bad), bad))
         for key, reason in bad.items():
             logger.warning("%s: no choice, %s", key, reason)
+
+    def _labelled(self, samples: Iterable[EvalSample], bad: dict[str, str]) -> Iterator[tuple[EvalSample, int]]:
+        for one in self._whole(samples, bad):
+            try:
+                yield one, self.read_label(one.sample)
+            except BadSample as error:
+                bad[error.key] = error.reason
 
     def submission(self, predictions: Sequence[Mapping[str, Any]]) -> str:
         """Return the leaderboard's csv: annot_id, probabilities of the answers, and of the rationales given each.

@@ -25,9 +25,7 @@ from downstream.task import (
     batches,
     blanked,
     evaluating,
-    gather,
-    gather_bad,
-    my_share,
+    labelled_rows,
     no_labels,
     read_samples,
 )
@@ -97,7 +95,7 @@ class VerdictConfig(TaskConfig):
         bad: dict[str, str] = {}
         counts = Counter(label for _, label in self._labelled(read_samples(reader, data, bad, images=False), bad))
         if not counts:
-            raise ValueError(no_labels("train", len(reader), bad).replace("--task.answer", "--task.label"))
+            raise ValueError(no_labels("train", len(reader), bad, "--task.label"))
         return VerdictSurvey(dict(counts))
 
     def adapt(self, run: R, pretrained: Mapping[str, ObjectiveConfig], survey: VerdictSurvey) -> R:
@@ -138,19 +136,9 @@ class VerdictConfig(TaskConfig):
         Floors: "majority" gives the most frequent training label to every sample; "blank images", where asked for, is
         the model on grey images.
         """
-        bad: dict[str, str] = {}
-        samples = read_samples(reader, parts.run.data, bad, indices=range(len(reader))[my_share(len(reader))])
-        labels: list[str] = []
-
-        def remember() -> Iterator[EvalSample]:
-            for one, label in self._labelled(samples, bad):
-                labels.append(label)
-                yield one
-
-        rows = gather(list(self._rows(parts, remember())))
-        labels, bad = gather(labels), gather_bad(bad)
-        if not rows:
-            raise ValueError(no_labels("val", len(reader), bad).replace("--task.answer", "--task.label"))
+        rows, labels, bad = labelled_rows(
+            parts, reader, self._labelled, lambda samples: self._rows(parts, samples), "--task.label"
+        )
         for row, label in zip(rows, labels, strict=True):
             correct = row["prediction"] == label
             row |= {"label": label, "correct": correct, "metrics": {"accuracy": float(correct)}}

@@ -29,9 +29,7 @@ from downstream.task import (
     blanked,
     decoder_beside,
     evaluating,
-    gather,
-    gather_bad,
-    my_share,
+    labelled_rows,
     no_labels,
     read_samples,
 )
@@ -188,19 +186,10 @@ class VqaConfig(TaskConfig):
         Floors: "majority" gives the most frequent training answer to every question; "question only" the most frequent
         training answer to the same question text, and the majority's where the text is new.
         """
-        bad: dict[str, str] = {}
-        samples = read_samples(reader, parts.run.data, bad, indices=range(len(reader))[my_share(len(reader))])
-        asked: list[Asked] = []
-
-        def remember() -> Iterator[EvalSample]:
-            for one, truth in self._labelled(samples, bad):
-                asked.append(Asked(truth, gqa_question(one.sample, truth) if self.exact else None))
-                yield one
-
-        rows = gather(list(self._answers(parts, remember(), self._candidates(survey))))
-        asked, bad = gather(asked), gather_bad(bad)
-        if not rows:
-            raise ValueError(no_labels("val", len(reader), bad))
+        candidates = self._candidates(survey)
+        rows, asked, bad = labelled_rows(
+            parts, reader, self._asked, lambda samples: self._answers(parts, samples, candidates)
+        )
         for row, one in zip(rows, asked, strict=True):
             truth = one.truth
             row |= {"answers": list(truth.answers) or dict(truth.scores), "accuracy": truth.accuracy(row["answer"])}
@@ -221,6 +210,10 @@ class VqaConfig(TaskConfig):
         yield from self._answers(parts, read_samples(reader, parts.run.data, bad), self._candidates(None))
         for key, reason in bad.items():
             logger.warning("%s: no answer, %s", key, reason)
+
+    def _asked(self, samples: Iterable[EvalSample], bad: dict[str, str]) -> Iterator[tuple[EvalSample, Asked]]:
+        for one, truth in self._labelled(samples, bad):
+            yield one, Asked(truth, gqa_question(one.sample, truth) if self.exact else None)
 
     def submission(self, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return the official format: VQAv2's question_id and answer, or GQA's questionId and prediction."""

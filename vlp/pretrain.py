@@ -20,6 +20,7 @@ from vlp.config import Config, Layer, build
 from vlp.data.loader import check_hash
 from vlp.data.tokenizer import Tokenizer, load_tokenizer
 from vlp.flags import from_command_line
+from vlp.model import Model
 from vlp.recipes import lift
 from vlp.run import Parts, RunConfig, assemble
 from vlp.train.loop import Outcome, train
@@ -109,15 +110,24 @@ def resume(
         logger.info("%s has seen its %s samples; extend it with --train.samples", folder, f"{run.train.samples:,}")
         return Outcome(checkpoint, seen, finished=True)
     parts = assemble(run, tokenizer=load_tokenizer(checkpoint), pretrained=False)
+    restore_weights(parts.model, checkpoint, folder)
+    parts = with_hash(parts)
+    logger.info("going on with %s at %s of %s samples", folder, f"{seen:,}", f"{run.train.samples:,}")
+    return train(parts, folder, device, command=command, seen=seen, restored=state)
+
+
+def restore_weights(model: Model, checkpoint: Path, folder: Path) -> None:
+    """Fill the model of a run that goes on with the weights of its checkpoint.
+
+    Raises:
+        ValueError: they do not fit, as the settings were changed.
+    """
     try:
-        load_weights(parts.model, read_weights(checkpoint))
+        load_weights(model, read_weights(checkpoint))
     except ValueError as error:
         raise ValueError(
             f"--resume {folder}: {error}; begin a new run from its weights with --init {folder}"
         ) from error
-    parts = with_hash(parts)
-    logger.info("going on with %s at %s of %s samples", folder, f"{seen:,}", f"{run.train.samples:,}")
-    return train(parts, folder, device, command=command, seen=seen, restored=state)
 
 
 def resumed_config(checkpoint: Path, flags: Sequence[str]) -> RunConfig:
