@@ -92,34 +92,56 @@ def attention_mask(
     return seen if mask is None else seen & mask
 
 
+def with_bias(seen: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Which keys are seen (bool), and a bias on them (float) -> one mask for attention; both broadcastable."""
+    if seen is None or bias is None:
+        return seen if bias is None else bias
+    return bias.masked_fill(~seen, -torch.inf)
+
+
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, eq. 1) with separate query, key and value projections.
 
-    All heads together are ``inner`` wide, else as wide as the states.
+    All heads together are ``inner`` wide, else as wide as the states. Products of queries and keys are multiplied by
+    ``scale``, else by one over the root of a head's width. With ``head_scale`` what a head finds is multiplied by a
+    learned factor (Shleifer et al. 2021, NormFormer, section 2).
     """
 
     def __init__(
-        self, width: int, heads: int, *, kv_width: int | None = None, inner: int | None = None, dropout: float = 0.0
+        self,
+        width: int,
+        heads: int,
+        *,
+        kv_width: int | None = None,
+        inner: int | None = None,
+        dropout: float = 0.0,
+        scale: float | None = None,
+        head_scale: bool = False,
     ) -> None:
         super().__init__()
         inner = inner or width
         if inner % heads:
             raise ValueError(f"width {inner} is not divisible by heads {heads}; choose heads that divide it")
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.scale = heads, dropout, scale
         self.query = nn.Linear(width, inner)
         self.key = nn.Linear(kv_width or width, inner)
         self.value = nn.Linear(kv_width or width, inner)
         self.out = nn.Linear(inner, width)
+        self.head_scale = nn.Parameter(torch.ones(heads)) if head_scale else None
 
     def project(self, memory: Tensor) -> KeyValues:
         """[B, S, kv_width] -> keys and values, [B, H, S, D / H] each."""
         return KeyValues(self._split(self.key(memory)), self._split(self.value(memory)))
 
     def forward(self, x: Tensor, memory: KeyValues, mask: Tensor | None = None) -> Tensor:
-        """[M, L, D] queries on the projected ``memory`` -> [M, L, D]."""
+        """[M, L, D] queries on the projected ``memory`` -> [M, L, D]; ``mask`` bool, or float, which is added."""
         dropout = self.dropout if self.training else 0.0
         query = self._split(self.query(x))
-        mixed = F.scaled_dot_product_attention(query, memory.keys, memory.values, mask, dropout)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(query.dtype)
+        mixed = F.scaled_dot_product_attention(query, memory.keys, memory.values, mask, dropout, scale=self.scale)
+        if self.head_scale is not None:
+            mixed = mixed * self.head_scale[:, None, None].to(mixed.dtype)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -127,15 +149,18 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with an activation between them."""
+    """Two linear maps with an activation between them, and with ``norm_eps`` a norm behind it (NormFormer)."""
 
-    def __init__(self, width: int, hidden: int, activation: Activation = "gelu") -> None:
+    def __init__(
+        self, width: int, hidden: int, activation: Activation = "gelu", *, norm_eps: float | None = None
+    ) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.activation = ACTIVATIONS[activation]
+        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(hidden, norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        return self.down(self.norm(self.activation(self.up(x))))
 
 
 class Block(nn.Module):
@@ -143,6 +168,7 @@ class Block(nn.Module):
 
     ``norm="post"`` is BERT's layer, ``norm="pre"`` is ViT's. With ``cross``, keys and values of the memory are
     projected here once from its B rows and indexed by row, so that several texts share one image's projection.
+    ``normformer`` adds a norm behind each attention and inside the feed-forward, and a factor per head.
     """
 
     def __init__(
@@ -156,15 +182,21 @@ class Block(nn.Module):
         activation: Activation = "gelu",
         eps: float = 1e-12,
         dropout: float = 0.0,
+        normformer: bool = False,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.pre = norm == "pre"
-        self.attention = Attention(width, heads, dropout=dropout)
+        self.attention = Attention(width, heads, dropout=dropout, scale=scale, head_scale=normformer)
         self.attention_norm = nn.LayerNorm(width, eps)
+        self.attention_after = nn.LayerNorm(width, eps) if normformer else nn.Identity()
         if cross_width is not None:
-            self.cross = Attention(width, heads, kv_width=cross_width, dropout=dropout)
+            self.cross = Attention(
+                width, heads, kv_width=cross_width, dropout=dropout, scale=scale, head_scale=normformer
+            )
             self.cross_norm = nn.LayerNorm(width, eps)
-        self.feed = FeedForward(width, hidden, activation)
+            self.cross_after = nn.LayerNorm(width, eps) if normformer else nn.Identity()
+        self.feed = FeedForward(width, hidden, activation, norm_eps=eps if normformer else None)
         self.feed_norm = nn.LayerNorm(width, eps)
         self.drop = nn.Dropout(dropout)
 
@@ -182,16 +214,16 @@ class Block(nn.Module):
 
         Args:
             x: rows.
-            mask: bool, broadcastable to [M, H, L, S].
+            mask: bool or additive, broadcastable to [M, H, L, S].
             memory: [B, S, cross_width], what the cross-attention reads; None skips it.
             memory_index: [M] or [M, I], the memory row(s) of each row; None: row m reads memory m.
-            memory_mask: bool, broadcastable to [M, H, L, S].
+            memory_mask: bool or additive, broadcastable to [M, H, L, S].
             cache: keys and values of earlier tokens, extended in place.
         """
         x = self._residual(x, self.attention_norm, lambda y: self._self_attention(y, mask, cache))
         if memory is not None:
             keys = self._memory(memory, memory_index, cache)
-            x = self._residual(x, self.cross_norm, lambda y: self.cross(y, keys, memory_mask))
+            x = self._residual(x, self.cross_norm, lambda y: self.cross_after(self.cross(y, keys, memory_mask)))
         return self._residual(x, self.feed_norm, self.feed)
 
     def _residual(self, x: Tensor, norm: nn.Module, layer: Callable[[Tensor], Tensor]) -> Tensor:
@@ -205,7 +237,7 @@ class Block(nn.Module):
                     torch.cat([cache.past.keys, own.keys], 2), torch.cat([cache.past.values, own.values], 2)
                 )
             cache.past = own
-        return self.attention(x, own, mask)
+        return self.attention_after(self.attention(x, own, mask))
 
     def _memory(self, memory: Tensor, index: Tensor | None, cache: Cache | None) -> KeyValues:
         if cache is not None and cache.memory is not None:

@@ -45,11 +45,13 @@ class StackConfig(Config):
     """Epsilon of the layer norms."""
     dropout: float = 0.0
     """Dropout after each branch and on attention weights."""
+    normformer: bool = False
+    """Also a norm behind each attention and inside the feed-forward, and a factor per head (NormFormer; OFA)."""
     init: str | None = None
     """Folder or hub id of a transformers BERT or RoBERTa whose layers fill this stack, or `package:NAME/path`."""
 
-    def block(self, cross_width: int | None = None) -> Block:
-        """Build one block of these sizes."""
+    def block(self, cross_width: int | None = None, scale: float | None = None) -> Block:
+        """Build one block of these sizes; ``scale`` is that of :class:`Attention`."""
         return Block(
             self.width,
             self.heads,
@@ -59,6 +61,8 @@ class StackConfig(Config):
             activation=self.activation,
             eps=self.eps,
             dropout=self.dropout,
+            normformer=self.normformer,
+            scale=scale,
         )
 
 
@@ -81,6 +85,9 @@ class BesideConfig(Config):
     """Epsilon of the layer norms; none = the text encoder's."""
     dropout: float | None = None
     """Dropout after each branch and on attention weights; none = the text encoder's."""
+    normformer: bool | None = None
+    """Also a norm behind each attention and inside the feed-forward, and a factor per head; none = as the text
+    encoder."""
     init: str | None = None
     """Folder or hub id of a transformers BERT or RoBERTa whose layers fill this stack."""
 
@@ -353,7 +360,8 @@ def load_bert(module: nn.Module, source: str, *, embeddings: bool, first: int = 
         found = theirs[source_name]
         if name.startswith("embeddings.position") or name.startswith("embeddings.segment"):
             found = found[: tensor.shape[0]]
-        if name == "embeddings.word.weight":  # added words (BLIP's [DEC] and [ENC]) keep their initial weights
+        # Added words (BLIP's [DEC] and [ENC]) and segments (VL-BERT's of regions) keep their initial weights.
+        if name in ("embeddings.word.weight", "embeddings.segment.weight"):
             found = torch.cat([found, tensor[len(found) :]])
         if found.shape != tensor.shape:
             raise ValueError(
