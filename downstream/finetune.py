@@ -276,14 +276,13 @@ def _finish(
     assert isinstance(run, FinetuneConfig)
     if not outcome.finished:
         return done
-    if (best := outcome.best) is not None:  # evaluations look at the moving average, where there is one
-        averaged = run.train.optim.ema is not None
-        load_weights(parts.model, read_weights(best, average=averaged))
+    if (best := outcome.best) is not None:
         outcome = replace(outcome, checkpoint=best)
         if rank() == 0:
             mark_best(folder, best)
-        how = ", of which the moving average is scored (vlp.load(..., average=True))" if averaged else ""
-        logger.info("the best checkpoint is %s%s", best, how)
+        logger.info("the best checkpoint is %s", best)
+    if best is not None or run.train.optim.ema is not None:  # what vlp.load takes: the moving average, if there is one
+        load_weights(parts.model, read_weights(outcome.checkpoint, average=None))
     after = run.task.evaluate(parts, scored.test, scored.survey)
     if run.tune.every is not None and run.test is None:
         note = "the checkpoint is the best of several on these data, so its score flatters; name others with --test"

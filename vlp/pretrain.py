@@ -15,7 +15,7 @@ from objectives.collectives import world_size
 from vlp.checkpoint.folder import is_checkpoint
 from vlp.checkpoint.load import load
 from vlp.checkpoint.migrate import migrate
-from vlp.checkpoint.native import CONFIG, find_checkpoint, load_weights, read_config, read_weights
+from vlp.checkpoint.native import CONFIG, find_checkpoint, holds_average, load_weights, read_config, read_weights
 from vlp.config import Config, Layer, build
 from vlp.data.loader import check_hash
 from vlp.data.tokenizer import Tokenizer, load_tokenizer
@@ -78,7 +78,9 @@ def _beginning(init: str | Path) -> tuple[Mapping[str, Tensor], Tokenizer]:
     """Weights and tokenizer of a checkpoint or run of ours, or of whatever else `vlp.load` takes."""
     if Path(init).is_dir() and (is_checkpoint(Path(init)) or (Path(init) / "checkpoints").is_dir()):
         source = find_checkpoint(init)
-        return read_weights(source), load_tokenizer(source)
+        if holds_average(source):
+            logger.info("%s: begins at the moving average of the weights", source)
+        return read_weights(source, average=None), load_tokenizer(source)
     loaded = load(init)
     return loaded.model.state_dict(), loaded.tokenizer
 

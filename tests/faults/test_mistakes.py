@@ -239,12 +239,16 @@ def test_resumed_as_something_else(finished, fail, tmp_path, flags, said):
     assert tree(folder) == before
 
 
-def test_the_average_of_the_weights_is_loaded_on_request(finished):
+def test_the_average_of_the_weights_is_what_is_loaded_unless_the_last_ones_are_asked_for(finished, tmp_path, fail):
     from vlp import load
 
-    last, average = load(finished).model.state_dict(), load(finished, average=True).model.state_dict()
-    assert last.keys() == average.keys()
+    last, average, own = (load(finished, average=one).model.state_dict() for one in (False, True, None))
+    assert last.keys() == average.keys() == own.keys()
     assert any(not torch.equal(last[name], average[name]) for name in last)
+    assert all(torch.equal(own[name], average[name]) for name in own)
+    assert main(["convert", str(finished), str(tmp_path / "last"), "--no-average"]) == 0
+    assert all(torch.equal(one, last[name]) for name, one in load(tmp_path / "last").model.state_dict().items())
+    assert "holds no average of its weights" in fail("convert", tmp_path / "last", tmp_path / "b", "--average")
 
 
 def test_a_torn_checkpoint(finished, fail, tmp_path):

@@ -26,7 +26,7 @@ from vlp.checkpoint.foreign import (
     shapes_of,
 )
 from vlp.checkpoint.migrate import migrate
-from vlp.checkpoint.native import CONFIG, load_weights, read_config, read_weights
+from vlp.checkpoint.native import CONFIG, holds_average, load_weights, read_config, read_weights
 from vlp.checkpoint.sources import TOKENIZER_FILES, local
 from vlp.config import Config, ConfigError, Layer, build
 from vlp.data.loader import DataConfig
@@ -36,6 +36,9 @@ from vlp.model import Model, ModelConfig, build_model
 from vlp.recipes import lift
 
 logger = logging.getLogger(__name__)
+
+WHICH = ("the moving average of the weights", "the last weights, not their moving average")
+"""What was read of a checkpoint that holds both."""
 
 
 class LoadedConfig(Config):
@@ -59,7 +62,7 @@ def load(
     tokenizer: str | Path | None = None,
     allow_missing: Iterable[str] = (),
     ignore: Iterable[str] = (),
-    average: bool = False,
+    average: bool | None = None,
 ) -> Loaded:
     """Load a model that is ready to embed, match, answer, caption and classify.
 
@@ -75,20 +78,26 @@ def load(
         tokenizer: of a foreign checkpoint, the folder or hub id of its tokenizer, where it is not the published one.
         allow_missing: patterns of weights that need not be stored.
         ignore: patterns of stored weights to leave out.
-        average: take the moving average of the weights (``train.optim.ema``) instead of the last ones.
+        average: True: the moving average of the weights (``train.optim.ema``, file ``ema.safetensors``); False: the
+            last ones (``model.safetensors``); None: the average where there is one, as it is what a run's evaluations
+            look at and what its best checkpoint is known by. Which it was is the report's first note.
 
     Raises:
-        ValueError: there is no such checkpoint, it is torn, or its weights do not fit the model; one line.
+        ValueError: there is no such checkpoint, it is torn, it has no average where one is asked for, or its weights do
+            not fit the model; one line.
     """
     place, kind = _device(device), _dtype(dtype)
     rules = Strictness(tuple(allow_missing), tuple(ignore))
     with local(str(source)) as path:
         if is_checkpoint(path) and config is None:
             loaded = _load_own(path, settings, rules, average)
+        elif average:
+            raise ValueError(f"{source} is no checkpoint of ours, whose average could be read; leave average out")
         else:
             loaded = load_foreign(path, given_settings(config), settings, tokenizer, rules)
     loaded.model.to(device=place, dtype=kind).requires_grad_(False).eval()
-    logger.info("loaded %s: %s", source, loaded.report.summary().splitlines()[0])
+    whose = "".join(f"{note}, " for note in loaded.report.notes if note in WHICH)
+    logger.info("loaded %s: %s%s", source, whose, loaded.report.summary().splitlines()[0])
     return loaded
 
 
@@ -100,7 +109,7 @@ class Strictness:
     ignore: tuple[str, ...] = ()
 
 
-def _load_own(folder: Path, settings: Mapping[str, Any] | None, rules: Strictness, average: bool) -> Loaded:
+def _load_own(folder: Path, settings: Mapping[str, Any] | None, rules: Strictness, average: bool | None) -> Loaded:
     state = read_weights(folder, average=average)  # first, because it finds torn checkpoints
     found = read_loaded_config(folder, settings)
     words: Tokenizer | LazyTokenizer = LazyTokenizer(found.data.tokenizer)  # a converted one may be without its files
@@ -109,6 +118,8 @@ def _load_own(folder: Path, settings: Mapping[str, Any] | None, rules: Strictnes
     size = words.vocabulary.size if isinstance(words, Tokenizer) else None
     model = build_model(found.model, found.objectives, vocabulary_size=size, pretrained=False)
     report = load_weights(model, state, allow_missing=rules.allow_missing, ignore=rules.ignore)
+    if holds_average(folder):
+        report = replace(report, notes=(WHICH[average is False], *report.notes))
     return Loaded(model, words, found, report)
 
 

@@ -137,20 +137,28 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name in aliases(model)}
 
 
-def read_weights(folder: str | Path, verify: bool = False, average: bool = False) -> dict[str, Tensor]:
+def holds_average(folder: str | Path) -> bool:
+    """Whether a checkpoint folder holds the moving average of the weights beside the last ones: ``ema.safetensors``."""
+    return (Path(folder) / AVERAGE).is_file()
+
+
+def read_weights(folder: str | Path, verify: bool = False, average: bool | None = False) -> dict[str, Tensor]:
     """Return the stored weights by name, on the CPU.
 
     Args:
         folder: a checkpoint folder, checked against its manifest.
         verify: hash large files too.
-        average: the moving average of the weights (``train.optim.ema``) instead.
+        average: the moving average of the weights (``train.optim.ema``) instead, which is what evaluations look at;
+            None: where there is one.
 
     Raises:
         ValueError: the checkpoint is torn, where the message names a whole one beside it; or it holds no average.
     """
-    folder, name = Path(folder), AVERAGE if average else WEIGHTS
+    folder = Path(folder)
     check_whole(folder, verify)
-    if average and not (folder / name).is_file():
+    average = holds_average(folder) if average is None else average
+    name = AVERAGE if average else WEIGHTS
+    if average and not holds_average(folder):
         raise ValueError(f"checkpoint {folder} holds no average of its weights; train with train.optim.ema 0.999, say")
     try:
         return lift_names(load_file(folder / name))

@@ -18,6 +18,14 @@ def config_option(parser: Parser) -> None:
     )
 
 
+def average_option(parser: Parser) -> None:
+    """Declare ``--average`` and ``--no-average``."""
+    which: dict[str, Any] = {"dest": "average", "default": None}
+    what = "take the moving average of the weights (it is taken where there is one)"
+    parser.add_argument("--average", action="store_true", help=what, **which)
+    parser.add_argument("--no-average", action="store_false", help="take the last weights instead", **which)
+
+
 def inspect_arguments(parser: Parser) -> None:
     """Declare the arguments of `vlp inspect`."""
     parser.add_argument("checkpoint", help="file, folder, address or hub id")

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from vlp.cli.checkpoints import config_option
+from vlp.cli.checkpoints import average_option, config_option
 from vlp.cli.command import Arguments, Command, Parser
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ def convert_arguments(parser: Parser) -> None:
     parser.add_argument("target", type=Path, help="folder to write")
     parser.add_argument("--to", default="vlp", metavar="FORMAT", help="vlp (default), hf, open_clip, ...")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="a foreign checkpoint's tokenizer, folder or hub id")
-    parser.add_argument("--average", action="store_true", help="take the moving average of the weights")
+    average_option(parser)
     config_option(parser)
 
 

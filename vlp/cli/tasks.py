@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlp.cli.checkpoints import config_option
+from vlp.cli.checkpoints import average_option, config_option
 from vlp.cli.command import Arguments, Parser, device_option
 from vlp.recipes import did_you_mean
 
@@ -29,19 +29,21 @@ def task_arguments(parser: Parser) -> None:
 
 
 def foreign_options(parser: Parser) -> None:
-    """Declare what another project's checkpoint may need."""
+    """Declare what loading takes: what another project's checkpoint may need, and which weights of ours."""
     parser.add_argument("--tokenizer", metavar="FOLDER", help="a foreign checkpoint's tokenizer, folder or hub id")
     config_option(parser)
+    average_option(parser)
 
 
 def foreign(arguments: Arguments) -> dict[str, Any]:
     """Return what :func:`foreign_options` gave, as vlp.load takes it."""
     given = {"tokenizer": arguments.tokenizer, "config": arguments.config}
-    return {name: str(value) for name, value in given.items() if value is not None}
+    found: dict[str, Any] = {name: str(value) for name, value in given.items() if value is not None}
+    return found if arguments.average is None else found | {"average": arguments.average}
 
 
 def load_model(arguments: Arguments, source: str) -> Loaded:
-    """Load a checkpoint with what the options say of a foreign one.
+    """Load a checkpoint with what the options say of it.
 
     Raises:
         ValueError: it cannot be loaded.

@@ -42,7 +42,8 @@ class OptimConfig(Config):
     fused: bool | None = None
     """One kernel for the whole update; none = on CUDA."""
     ema: float | None = Field(default=None, gt=0, lt=1)
-    """Decay per step of a moving average of all weights, kept beside the trained ones; none = no average."""
+    """Decay per step of a moving average of all weights, kept beside the trained ones; none = no average. It is what
+    evaluations look at and what vlp.load takes (``average=False``, ``--no-average``: the trained ones)."""
 
     @model_validator(mode="after")
     def _check(self) -> OptimConfig:
