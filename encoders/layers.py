@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encoders.form import FormConfig
 from encoders.types import AttentionKind
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "tanh"]
@@ -24,6 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "tanh": torch.tanh,
 }
+PLAIN = FormConfig()
 
 
 @dataclass
@@ -117,16 +120,17 @@ class Attention(nn.Module):
         dropout: float = 0.0,
         scale: float | None = None,
         head_scale: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         inner = inner or width
         if inner % heads:
             raise ValueError(f"width {inner} is not divisible by heads {heads}; choose heads that divide it")
         self.heads, self.dropout, self.scale = heads, dropout, scale
-        self.query = nn.Linear(width, inner)
-        self.key = nn.Linear(kv_width or width, inner)
-        self.value = nn.Linear(kv_width or width, inner)
-        self.out = nn.Linear(inner, width)
+        self.query = nn.Linear(width, inner, bias)
+        self.key = nn.Linear(kv_width or width, inner, bias)
+        self.value = nn.Linear(kv_width or width, inner, bias)
+        self.out = nn.Linear(inner, width, bias)
         self.head_scale = nn.Parameter(torch.ones(heads)) if head_scale else None
 
     def project(self, memory: Tensor) -> KeyValues:
@@ -149,18 +153,29 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with an activation between them, and with ``norm_eps`` a norm behind it (NormFormer)."""
+    """Two linear maps with an activation between them, and with ``norm_eps`` a norm behind it (NormFormer).
+
+    Gated (``form``), the activation is of another linear map, and multiplies the first.
+    """
 
     def __init__(
-        self, width: int, hidden: int, activation: Activation = "gelu", *, norm_eps: float | None = None
+        self,
+        width: int,
+        hidden: int,
+        activation: Activation = "gelu",
+        *,
+        norm_eps: float | None = None,
+        form: FormConfig = PLAIN,
     ) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.up, self.down = nn.Linear(width, hidden, form.bias), nn.Linear(hidden, width, form.bias)
+        self.gate = nn.Linear(width, hidden, form.bias) if form.gated else None
         self.activation = ACTIVATIONS[activation]
-        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(hidden, norm_eps)
+        self.norm = nn.Identity() if norm_eps is None else form.new_norm(hidden, norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.norm(self.activation(self.up(x))))
+        inner = self.activation(self.up(x)) if self.gate is None else self.activation(self.gate(x)) * self.up(x)
+        return self.down(self.norm(inner))
 
 
 class Block(nn.Module):
@@ -168,7 +183,8 @@ class Block(nn.Module):
 
     ``norm="post"`` is BERT's layer, ``norm="pre"`` is ViT's. With ``cross``, keys and values of the memory are
     projected here once from its B rows and indexed by row, so that several texts share one image's projection.
-    ``normformer`` adds a norm behind each attention and inside the feed-forward, and a factor per head.
+    ``normformer`` adds a norm behind each attention and inside the feed-forward, and a factor per head; ``form`` says
+    what norms and linear maps are.
     """
 
     def __init__(
@@ -184,20 +200,28 @@ class Block(nn.Module):
         dropout: float = 0.0,
         normformer: bool = False,
         scale: float | None = None,
+        form: FormConfig = PLAIN,
     ) -> None:
         super().__init__()
         self.pre = norm == "pre"
-        self.attention = Attention(width, heads, dropout=dropout, scale=scale, head_scale=normformer)
-        self.attention_norm = nn.LayerNorm(width, eps)
-        self.attention_after = nn.LayerNorm(width, eps) if normformer else nn.Identity()
+        new_attention = partial(
+            Attention,
+            width,
+            heads,
+            inner=form.inner(heads),
+            dropout=dropout,
+            scale=scale if form.scaled else 1.0,
+            head_scale=normformer,
+            bias=form.bias,
+        )
+        new_norm = partial(form.new_norm, width, eps)
+        self.attention, self.attention_norm = new_attention(), new_norm()
+        self.attention_after = new_norm() if normformer else nn.Identity()
         if cross_width is not None:
-            self.cross = Attention(
-                width, heads, kv_width=cross_width, dropout=dropout, scale=scale, head_scale=normformer
-            )
-            self.cross_norm = nn.LayerNorm(width, eps)
-            self.cross_after = nn.LayerNorm(width, eps) if normformer else nn.Identity()
-        self.feed = FeedForward(width, hidden, activation, norm_eps=eps if normformer else None)
-        self.feed_norm = nn.LayerNorm(width, eps)
+            self.cross, self.cross_norm = new_attention(kv_width=cross_width), new_norm()
+            self.cross_after = new_norm() if normformer else nn.Identity()
+        self.feed = FeedForward(width, hidden, activation, norm_eps=eps if normformer else None, form=form)
+        self.feed_norm = new_norm()
         self.drop = nn.Dropout(dropout)
 
     def forward(
@@ -261,3 +285,6 @@ def initialise(module: nn.Module, std: float = 0.02) -> None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=std)
+    for part in module.modules():
+        if isinstance(part, Attention) and part.scale == 1.0:  # scores of the usual size (T5)
+            part.query.weight.data.mul_((part.query.out_features / part.heads) ** -0.5)

@@ -1,22 +1,22 @@
-"""`text`: our own BERT-family stack, ids -> tokens; and the one name map from transformers' BERT and RoBERTa.
+"""`text`: our own BERT-family stack, ids -> tokens.
 
 Shapes: T texts, L length, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, Self, TypeAlias
+from typing import ClassVar, Literal, Self, TypeAlias
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encoders.layers import Activation, Block, Cache, attention_mask, initialise
-from encoders.sources import local_source
+from encoders.form import FormConfig
+from encoders.layers import Activation, Block, Cache, attention_mask, initialise, with_bias
+from encoders.stack_weights import load_bert
 from encoders.types import Texts, Tokens
 from vlp.config import Config
 
@@ -47,8 +47,10 @@ class StackConfig(Config):
     """Dropout after each branch and on attention weights."""
     normformer: bool = False
     """Also a norm behind each attention and inside the feed-forward, and a factor per head (NormFormer; OFA)."""
+    form: FormConfig = Field(default_factory=FormConfig)
+    """What norms, linear maps and attention are, where not BERT's and ViT's (T5)."""
     init: str | None = None
-    """Folder or hub id of a transformers BERT or RoBERTa whose layers fill this stack, or `package:NAME/path`."""
+    """Folder or hub id of a transformers BERT, RoBERTa or T5 whose layers fill this stack, or `package:NAME/path`."""
 
     def block(self, cross_width: int | None = None, scale: float | None = None) -> Block:
         """Build one block of these sizes; ``scale`` is that of :class:`Attention`."""
@@ -63,7 +65,12 @@ class StackConfig(Config):
             dropout=self.dropout,
             normformer=self.normformer,
             scale=scale,
+            form=self.form,
         )
+
+    def new_norm(self) -> nn.Module:
+        """Build the norm behind the last block, which is the identity where blocks end with theirs."""
+        return self.form.new_norm(self.width, self.eps) if self.norm == "pre" else nn.Identity()
 
 
 class BesideConfig(Config):
@@ -88,11 +95,25 @@ class BesideConfig(Config):
     normformer: bool | None = None
     """Also a norm behind each attention and inside the feed-forward, and a factor per head; none = as the text
     encoder."""
+    form: FormConfig | None = None
+    """What norms, linear maps and attention are; none = as in the text encoder."""
     init: str | None = None
-    """Folder or hub id of a transformers BERT or RoBERTa whose layers fill this stack."""
+    """Folder or hub id of a transformers BERT, RoBERTa or T5 whose layers fill this stack."""
+
+    any_form: ClassVar[bool] = False
+    """Whether its layers may have another form than BERT's and ViT's."""
 
     def beside(self, text: StackConfig) -> Self:
-        """Return the config with every size stated."""
+        """Return the config with every size stated.
+
+        Raises:
+            ValueError: the layers would be of a form that they cannot have.
+        """
+        if not self.any_form and (self.form or text.form) != FormConfig():
+            raise ValueError(
+                f"{getattr(self, 'kind', 'this part')} has layers of the usual form, but model.text.form is another; "
+                "use model.fusion.kind single_stream and model.decoder.kind causal, or state form: {} for this part"
+            )
         sizes = {name: getattr(text, name) for name in StackConfig.model_fields if name != "init"}
         if self.width not in (None, text.width):
             sizes["hidden"] = None
@@ -161,7 +182,7 @@ class TextEmbeddings(nn.Module):
         fixed = None if config.train_first_rows else 0
         self.position = nn.Embedding(rows, config.width, fixed) if config.absolute_positions else None
         self.segment = nn.Embedding(config.segments, config.width, fixed) if config.segments else None
-        self.norm = nn.LayerNorm(config.width, config.eps) if config.embed_norm else nn.Identity()
+        self.norm = config.form.new_norm(config.width, config.eps) if config.embed_norm else nn.Identity()
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, texts: Texts, first: int = 0) -> Tensor:
@@ -197,13 +218,14 @@ class TextEncoder(nn.Module):
             raise ValueError("model.text.pool eos needs model.text.eos, the id of the token that ends texts")
         if config.pool == "token" and not config.causal:
             raise ValueError("model.text.pool token needs model.text.causal true: the token stands behind the text")
+        if config.pool == "token" and config.form.buckets:
+            raise ValueError("model.text.pool token has no distance to words; set model.text.form.buckets to 0")
         self.config, self.width, self.bare = config, config.project or config.width, config.layers == 0
         self.fused_first = config.fused_first
         self.embeddings = TextEmbeddings(config)
         self.blocks = nn.ModuleList(config.block() for _ in range(config.layers))
-        self.final_norm = (
-            nn.LayerNorm(config.width, config.eps) if config.norm == "pre" and config.layers else nn.Identity()
-        )
+        self.final_norm = config.new_norm() if config.layers else nn.Identity()
+        self.buckets = config.form.new_buckets(config.heads, not config.causal) if config.layers else None
         self.token = nn.Parameter(torch.full((config.width,), 0.01)) if config.pool == "token" else None
         self.project = _projection(config.width, config.project, config.eps) if config.project else nn.Identity()
         self.pooler = nn.Linear(self.width, self.width) if config.pool == "tanh" else None
@@ -242,6 +264,8 @@ class TextEncoder(nn.Module):
         else:
             states, keep = self._with_token(texts)
         mask = attention_mask(keep, kind, texts.prefix)
+        if self.buckets is not None:
+            mask = with_bias(mask, self.buckets(states.shape[1], states.shape[1]))
         every = [states]
         for block in self.blocks:
             states = block(states, mask)
@@ -296,79 +320,6 @@ def pool(states: Tensor, texts: Texts, how: Pool, eos: int | None = None) -> Ten
         assert eos is not None
         at = (texts.ids == eos).int().argmax(1)
     return states.gather(1, at[:, None, None].expand(-1, 1, states.shape[2]))[:, 0]
-
-
-_Rules: TypeAlias = tuple[tuple[str, str], ...]
-_BERT_BLOCK: _Rules = (
-    (r"attention\.self\.(query|key|value)\.", r"attention.\1."),
-    (r"attention\.output\.dense\.", "attention.out."),
-    (r"attention\.output\.LayerNorm\.", "attention_norm."),
-    (r"crossattention\.self\.(query|key|value)\.", r"cross.\1."),
-    (r"crossattention\.output\.dense\.", "cross.out."),
-    (r"crossattention\.output\.LayerNorm\.", "cross_norm."),
-    (r"intermediate\.dense\.", "feed.up."),
-    (r"output\.dense\.", "feed.down."),
-    (r"output\.LayerNorm\.", "feed_norm."),
-)
-_BERT_EMBEDDINGS: _Rules = (
-    (r"word_embeddings\.", "word."),
-    (r"position_embeddings\.", "position."),
-    (r"token_type_embeddings\.", "segment."),
-    (r"LayerNorm\.", "norm."),
-)
-
-
-def rename_bert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename transformers' BERT or RoBERTa names to ours: ``embeddings.*`` and ``blocks.N.*``; others are dropped."""
-    renamed = {}
-    for name, tensor in state.items():
-        if found := re.fullmatch(r"(?:\w+\.)?embeddings\.(.+)", name):
-            prefix, rest, rules = "embeddings.", found[1], _BERT_EMBEDDINGS
-        elif found := re.fullmatch(r"(?:\w+\.)?encoder\.layer\.(\d+)\.(.+)", name):
-            prefix, rest, rules = f"blocks.{found[1]}.", found[2], _BERT_BLOCK
-        else:
-            continue
-        for pattern, ours in rules:
-            if match := re.match(pattern, rest):
-                renamed[prefix + match.expand(ours) + rest[match.end() :]] = tensor
-                break
-    return renamed
-
-
-def load_bert(module: nn.Module, source: str, *, embeddings: bool, first: int = 0) -> None:
-    """Fill ``module.blocks`` (and ``module.embeddings``) from a transformers folder or hub id, from layer ``first`` on.
-
-    Cross-attention, which such a model does not have, keeps its initial weights.
-
-    Raises:
-        ValueError: the source has too few layers or other sizes.
-    """
-    from transformers import AutoModel
-
-    theirs = rename_bert(AutoModel.from_pretrained(local_source(source), dtype=torch.float32).state_dict())
-    wanted = {}
-    for name, tensor in module.state_dict().items():
-        if name.startswith("blocks.") and ".cross" not in name:
-            number, rest = name.removeprefix("blocks.").split(".", 1)
-            source_name = f"blocks.{int(number) + first}.{rest}"
-        elif name.startswith("embeddings.") and embeddings:
-            source_name = name
-        else:
-            continue
-        if source_name not in theirs:
-            raise ValueError(f"init {source!r} has no {source_name}; use fewer layers or another model")
-        found = theirs[source_name]
-        if name.startswith("embeddings.position") or name.startswith("embeddings.segment"):
-            found = found[: tensor.shape[0]]
-        # Added words (BLIP's [DEC] and [ENC]) and segments (VL-BERT's of regions) keep their initial weights.
-        if name in ("embeddings.word.weight", "embeddings.segment.weight"):
-            found = torch.cat([found, tensor[len(found) :]])
-        if found.shape != tensor.shape:
-            raise ValueError(
-                f"init {source!r}: {source_name} is {tuple(found.shape)}, the recipe needs {tuple(tensor.shape)}"
-            )
-        wanted[name] = found
-    module.load_state_dict(wanted, strict=False)
 
 
 def run_cached(

@@ -5,12 +5,12 @@ Shapes: B memory rows, T texts, L length, S memory length, D width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from encoders.layers import Cache, attention_mask, initialise
+from encoders.layers import Cache, attention_mask, initialise, with_bias
 from encoders.text import BesideConfig, StackConfig, TextEmbeddings, TextEncoder, load_bert, run_cached
 from encoders.types import Texts, Tokens
 from vlp.fusion import Fusion
@@ -33,6 +33,8 @@ class DecoderConfig(BesideConfig):
     does so for questions."""
     init_layer: int = 0
     """First layer of `init` to take."""
+
+    any_form: ClassVar[bool] = True
 
     def build(self, memory_width: int, text: nn.Module, fusion: Fusion | None) -> Decoder:
         """Build the decoder beside the text encoder and the fusion that it may share with."""
@@ -69,7 +71,10 @@ class Decoder(nn.Module):
                 for name in ("cross", "cross_norm", "feed", "feed_norm"):
                     setattr(block, name, getattr(theirs, name))
         self.blocks = nn.ModuleList(blocks)
-        self.final_norm = nn.LayerNorm(stack.width, stack.eps) if stack.norm == "pre" else nn.Identity()
+        self.final_norm = stack.new_norm()
+        self.buckets = stack.form.new_buckets(stack.heads, both_ways=False)
+        if self.buckets is not None:
+            initialise(self.buckets)
 
     @property
     def word_embedding(self) -> nn.Parameter:
@@ -81,12 +86,14 @@ class Decoder(nn.Module):
     def load_pretrained(self) -> None:
         """Fill the blocks from ``config.init``, where the recipe names one."""
         if self.config.init is not None:
-            load_bert(self, self.config.init, embeddings=False, first=self.config.init_layer)
+            load_bert(self, self.config.init, embeddings=False, first=self.config.init_layer, side="decoder")
 
     def forward(self, texts: Texts, memory: Tokens, memory_index: Tensor | None = None, layers: bool = False) -> Tokens:
         """Texts [T, L] reading memory rows ``memory_index`` [T] (None: row t) -> Tokens [T, L, D]."""
         mask = attention_mask(texts.keep, "causal" if texts.attention == "full" else texts.attention, texts.prefix)
         states = self.embeddings(texts)
+        if self.buckets is not None:
+            mask = with_bias(mask, self.buckets(states.shape[1], states.shape[1]))
         every = [states]
         memory_mask = self._memory_mask(memory, memory_index)
         for block in self.blocks:
@@ -113,12 +120,15 @@ class Decoder(nn.Module):
         states = self.embeddings(Texts(ids, torch.ones_like(ids, dtype=torch.bool)), first)
         mask = attention_mask(None, "causal", length=length, device=ids.device)
         assert mask is not None
+        mask = mask[:, :, first:]
+        if self.buckets is not None:
+            mask = with_bias(mask, self.buckets(ids.shape[1], length, first))
         memory_mask = self._memory_mask(memory, memory_index)
         states = run_cached(
             self.blocks,
             caches,
             states,
-            mask[:, :, first:],
+            mask,
             memory=memory.states,
             memory_index=memory_index,
             memory_mask=memory_mask,

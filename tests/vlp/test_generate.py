@@ -7,7 +7,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from encoders import PatchConfig, TextConfig
-from encoders.text import rename_bert
+from encoders.stack_weights import rename_bert
 from encoders.types import Tokens, Vocabulary
 from objectives import LmConfig
 from objectives.base import Draw
