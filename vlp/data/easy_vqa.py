@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class EasyVqaReader:
     def fingerprint(self) -> str:
         """Hash of the rows."""
         return digest(np.frombuffer(repr(self._rows).encode(), dtype=np.uint8))
+
+    def paths(self) -> Iterator[str]:
+        """Yield the files of the images."""
+        return iter(self._paths.values())
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vlp.data.decode import decode_image
 from vlp.data.easy_vqa import SCHEME as EASY_VQA
 from vlp.data.easy_vqa import EasyVqaReader
 from vlp.data.lines import LINES_SUFFIX, LinesReader
-from vlp.data.records import IMAGE_EXTENSIONS, TEXT_FIELDS, BadSample, RawSample, Reader, digest
+from vlp.data.records import IMAGE_EXTENSIONS, TEXT_FIELDS, BadSample, OnDisk, RawSample, Reader, digest
 from vlp.data.shards import ShardReader
 from vlp.data.table import TABLE_SUFFIXES, FolderReader, TableReader
 
@@ -134,6 +135,10 @@ class ConcatReader:
     def fingerprint(self) -> str:
         """Hash of the readers' own."""
         return digest(np.frombuffer("".join(reader.fingerprint for reader in self._readers).encode(), dtype=np.uint8))
+
+    def paths(self) -> Iterator[str]:
+        """Yield the readers' own files."""
+        return chain.from_iterable(one.paths() for one in self._readers if isinstance(one, OnDisk))
 
     def __len__(self) -> int:
         return int(self._ends[-1])

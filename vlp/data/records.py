@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +84,14 @@ class Reader(Protocol):
         Raises:
             BadSample: If a part of this sample cannot be read.
         """
+
+
+@runtime_checkable
+class OnDisk(Protocol):
+    """A reader that can name the files it reads."""
+
+    def paths(self) -> Iterator[str]:
+        """Yield their paths or urls; some may be missing."""
 
 
 @dataclass(frozen=True, slots=True)

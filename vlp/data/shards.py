@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,10 @@ class ShardReader:
     def fingerprint(self) -> str:
         """Hash of keys, sizes and their order."""
         return digest(self._index.keys.data, self._index.keys.offsets, self._index.size, self._index.first)
+
+    def paths(self) -> Iterator[str]:
+        """Yield the shards' paths or urls."""
+        return (self._shards[number].decode() for number in range(len(self._shards)))
 
     def __len__(self) -> int:
         return len(self._index.keys)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlp.data.reader import BadSample, RawSample, Reader
-from vlp.data.records import IMAGE_EXTENSIONS, digest
+from vlp.data.records import IMAGE_EXTENSIONS, OnDisk, digest
 
 LARGEST = 5000
 """Images that are held out at most, whatever their share."""
@@ -69,19 +70,21 @@ class Split:
     """Numbers of those held out."""
     images: tuple[int, int]
     """Different images in each."""
+    contents: str = ""
+    """Hash of every sample's image, by its bytes."""
 
     @property
     def hash(self) -> str:
-        """By which the split is known again."""
-        return digest(self.train, self.val)
+        """By which the split is known again: which samples, of which images."""
+        return digest(self.train, self.val, np.frombuffer(self.contents.encode(), dtype=np.uint8))
 
     def of(self, reader: Reader, half: Half) -> SubsetReader:
         """Return a half of the data."""
         return SubsetReader(reader, self.train if half == "train" else self.val)
 
 
-_made: dict[tuple[str, float], Split] = {}
-"""Splits of this process by data and share: training and evaluation ask for the same one."""
+_made: dict[tuple[str, str, float], Split] = {}
+"""Splits of this process by data, state of their files, and share: training and evaluation ask for the same one."""
 
 
 def split_by_image(reader: Reader, share: float) -> Split:
@@ -97,16 +100,28 @@ def split_by_image(reader: Reader, share: float) -> Split:
     Raises:
         ValueError: there are fewer than two images.
     """
-    made = (reader.fingerprint, share)
+    made = (reader.fingerprint, _state(reader), share)
     if made not in _made:
         _made[made] = _split(reader, share)
     return _made[made]
 
 
+def _state(reader: Reader) -> str:
+    """Hash of size and time of every file that is read, as a fingerprint knows the files' names only."""
+    state = hashlib.sha256()
+    for path in reader.paths() if isinstance(reader, OnDisk) else ():
+        try:
+            found = os.stat(path)
+        except OSError:  # missing, or a url
+            continue
+        state.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return state.hexdigest()
+
+
 def _split(reader: Reader, share: float) -> Split:
     if len(reader) > MANY:
         logger.info("reading %s images, so that the split has none in both halves", f"{len(reader):,}")
-    images = same_images(reader)
+    images, contents = same_images(reader)
     known = sorted({image for image in images if image is not None})
     if len(known) < 2:
         raise ValueError(
@@ -116,14 +131,15 @@ def _split(reader: Reader, share: float) -> Split:
     number = min(max(round(share * len(known)), 1), LARGEST, len(known) - 1)
     held = set(known[:number])
     chosen = np.array([image in held for image in images])
-    return Split(np.flatnonzero(~chosen), np.flatnonzero(chosen), (len(known) - number, number))
+    return Split(np.flatnonzero(~chosen), np.flatnonzero(chosen), (len(known) - number, number), contents)
 
 
-def same_images(reader: Reader) -> list[str | None]:
+def same_images(reader: Reader) -> tuple[list[str | None], str]:
     """Return a name for each sample's image, from its bytes: equal for samples of the same image; None = unreadable.
 
-    A sample with several images makes them one.
+    A sample with several images makes them one. Also returns a hash of the bytes of all samples' images, in order.
     """
+    contents = hashlib.sha256()
     found: list[str | None] = []
     first: dict[str, str] = {}
     parent: dict[str, str] = {}
@@ -134,13 +150,14 @@ def same_images(reader: Reader) -> list[str | None]:
             found.append(None)
             continue
         hashes = image_hashes(raw)
+        contents.update(f"{index}: {' '.join(hashes)}\n".encode())
         found.append(hashes[0] if hashes else None)
         for one in hashes:
             parent.setdefault(one, one)
             _join(parent, hashes[0], one)
         if hashes and (name := raw.fields.get("image_id")) not in (None, ""):
             _join(parent, hashes[0], first.setdefault(f"{raw.source}:{name}", hashes[0]))
-    return [None if one is None else _root(parent, one) for one in found]
+    return [None if one is None else _root(parent, one) for one in found], contents.hexdigest()
 
 
 def image_hashes(raw: RawSample) -> list[str]:

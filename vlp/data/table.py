@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -253,6 +254,17 @@ class TableReader:
         except (OSError, ValueError) as error:
             raise BadSample(key, f"cannot read image '{cell}': {error}") from error
 
+    def paths(self) -> Iterator[str]:
+        """Yield the files that are read: the table, and every row's images."""
+        yield self.name
+        for index in range(len(self)):
+            row = self._rows[index if self._kept is None else int(self._kept[index])]
+            columns = [row.get(column) for column in self._image_columns]
+            for cell in chain.from_iterable(one if isinstance(one, list) else [one] for one in columns):
+                name = cell.get("path") if isinstance(cell, dict) and not cell.get("bytes") else cell
+                if name and isinstance(name, str):
+                    yield os.path.join(self._root, name)
+
     def _texts(self, key: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
         cell = fields.get(self._text_column) if self._text_column is not None else None
         cells = cell if isinstance(cell, list) else [cell]
@@ -311,6 +323,10 @@ class FolderReader:
     def fingerprint(self) -> str:
         """Hash of the relative paths."""
         return digest(self._names.data, self._names.offsets)
+
+    def paths(self) -> Iterator[str]:
+        """Yield the files of the images."""
+        return (os.path.join(self._root, os.fsdecode(self._names[index])) for index in range(len(self)))
 
     def __len__(self) -> int:
         return len(self._names)

@@ -67,6 +67,26 @@ def test_order_and_names_of_the_files_do_not_count(tmp_path, rows):
     assert captions(halves[0]) == captions(halves[1])
 
 
+@pytest.mark.parametrize("form", ["table", "folder", "list"])
+def test_another_content_under_the_same_name_is_another_split(tmp_path, rows, form):
+    path = str(table(tmp_path, rows))
+    spec = {"table": path, "folder": str(tmp_path), "list": [path, path]}[form]
+
+    def made(share=0.25):
+        return split_by_image(open_reader(spec), share)
+
+    before = made()
+    assert made() is before and made(0.5).hash != before.hash
+    name = rows[0]["image"]
+    (tmp_path / name).rename(tmp_path / "aside")
+    picture(tmp_path, name, 200)
+    after = made()
+    assert after.hash != before.hash
+    (tmp_path / name).unlink()
+    (tmp_path / "aside").rename(tmp_path / name)
+    assert made().hash == before.hash
+
+
 def test_samples_of_an_image_id_stay_together(tmp_path, rows):
     crops = [row | {"image_id": int(row["image"].split(".")[0]) // 4} for row in rows[:40]]
     data = DataConfig(train=str(table(tmp_path, crops)), split=0.4)
