@@ -2,74 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from encoders import GridConfig
 from objectives.base import Draw
-from vlp.config import Config, configs_folder, list_recipes, load, restated
-from vlp.model import Model, ModelConfig, build_model
+from vlp.config import configs_folder, list_recipes, load, restated
+from vlp.model import Model, build_model
 from vlp.run import RunConfig, settle
 from vlp.show import meta_model, synthetic_batches
+from vlp.shrink import shrink
 from vlp.train.optim import build_optimizer, check_parts, freeze_parts
 
 RECIPES = list_recipes("pretrain")
-
-SMALL: dict[str, Callable[[Any], Any]] = {
-    "width": lambda value: 32,
-    "heads": lambda value: 4,
-    "hidden": lambda value: None if value is None else 64,
-    "layers": lambda value: 2 if value is None else min(value, 2),
-    "depth": lambda value: 2 if value is None else min(value, 2),
-    "init": lambda value: None,
-    "pretrained": lambda value: False,
-    "image_size": lambda value: None if value is None else 32,
-    "patch_size": lambda value: value if value == 1 else 4,
-    "hybrid": lambda value: None if value is None else "resnet18",
-    "stem": lambda value: (8,) * len(value),
-    "vocabulary_size": lambda value: 64,
-    "max_length": lambda value: 16,
-    "fused_first": lambda value: None if value is None else 63,
-    "number": lambda value: 9,
-    "image_width": lambda value: None if value is None else 48,
-    "image_heads": lambda value: None if value is None else 4,
-    "image_hidden": lambda value: None if value is None else 64,
-    "cross_width": lambda value: None if value is None else 48,
-    "cross_heads": lambda value: None if value is None else 4,
-    "pooled_width": lambda value: None if value is None else 24,
-    "queue": lambda value: min(value, 20),
-    "micro_batch": lambda value: 6,
-}
-SMALL_GRIDS: dict[str, dict[str, Any]] = {
-    "tf_efficientnet_l2": {"model": "tf_efficientnet_b0"},
-    "swin_base_patch4_window7_224.ms_in22k": {
-        "arguments": {"img_size": 32, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
-    },
-}
-
-
-def shrink(config: Config) -> Any:
-    """The same configuration with small sizes, by the names of its fields, and nothing pretrained."""
-    found: dict[str, Any] = {}
-    for name in type(config).model_fields:
-        value = getattr(config, name)
-        if isinstance(value, Config):
-            value = shrink(value)
-        elif isinstance(value, dict):
-            value = {key: shrink(each) if isinstance(each, Config) else each for key, each in value.items()}
-        elif name in SMALL:
-            value = SMALL[name](value)
-        found[name] = value
-    if isinstance(config, GridConfig):
-        found |= SMALL_GRIDS.get(config.model, {})
-    if isinstance(config, ModelConfig) and config.embed.image == "none":  # the space is the tower's own
-        found["embed"] = found["embed"].model_copy(update={"width": found["vision"].build().width})
-    return type(config)(**found)
 
 
 @cache

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from test_recipes import resolved, shrink
+from test_recipes import resolved
 
 import vlp
 from vlp.data.shards import write_shards
 from vlp.pretrain import pretrain
 from vlp.run import RunConfig, settle
 from vlp.show import show
+from vlp.shrink import shrink
 from vlp.train.log import read_metrics
 
 SAMPLES = 16

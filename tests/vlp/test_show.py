@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import tiny_batch, tiny_model
 from rich.console import Console
-from test_recipes import RECIPES, resolved, shrink
+from test_recipes import RECIPES, resolved
 
 from objectives.base import Draw
 from vlp.cli import main
@@ -17,6 +17,7 @@ from vlp.config import load
 from vlp.recipes import dump_yaml, read_tree
 from vlp.run import RunConfig, settle
 from vlp.show import count_flops, flops, meta_model, plan_rows, show, synthetic_batch
+from vlp.shrink import shrink
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,11 @@ def device_option(parser: Parser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps, ...; the best that there is by default")
 
 
+def shrink_option(parser: Parser) -> None:
+    """Add `--shrink`."""
+    parser.add_argument("--shrink", action="store_true", help="every part of the recipe tiny and untrained, to try it")
+
+
 def print_result(what: Any) -> None:
     """Print something of rich on rank 0, wide enough for tables where no terminal says how wide."""
     from rich.console import Console

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlp.cli.command import Arguments, Command, Parser, device_option, print_result
+from vlp.cli.command import Arguments, Command, Parser, device_option, print_result, shrink_option
 
 if TYPE_CHECKING:
     from vlp.config import Config
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def show_arguments(parser: Parser) -> None:
     """Declare the arguments of `vlp show`."""
     parser.add_argument("recipe", nargs="?", help="a recipe (vlp recipes lists them), a .yaml file, or a run's folder")
+    shrink_option(parser)
 
 
 def show_config(arguments: Arguments, flags: list[str]) -> Config:
@@ -28,6 +29,7 @@ def show_config(arguments: Arguments, flags: list[str]) -> Config:
     from vlp.flags import from_command_line
     from vlp.recipes import list_recipes, load_recipe
     from vlp.run import RunConfig
+    from vlp.shrink import shrunk_layer
 
     kind: type[RunConfig] = RunConfig
     recipe = arguments.recipe
@@ -46,6 +48,9 @@ def show_config(arguments: Arguments, flags: list[str]) -> Config:
                     f"finetune {arguments.recipe} --init CHECKPOINT --dry-run, or show a finetuned run by its folder"
                 )
     prog = f"vlp show {recipe or 'RECIPE'}"
+    if arguments.shrink and recipe is not None:
+        below = [shrunk_layer(kind, recipe, group="pretrain", migrate=migrate)]
+        return from_command_line(kind, flags, prog=prog, below=below)
     return from_command_line(kind, flags, recipe, prog=prog, group="pretrain", migrate=migrate)
 
 

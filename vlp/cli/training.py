@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlp.cli.command import Arguments, Command, Parser, device_option, print_result
+from vlp.cli.command import Arguments, Command, Parser, device_option, print_result, shrink_option
 from vlp.cli.tasks import choose_task, foreign, open_checkpoint, task_arguments
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def pretrain_arguments(parser: Parser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (runs/RECIPE)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run, exactly; changed flags extend it")
     parser.add_argument("--init", metavar="CHECKPOINT", help="begin with the weights and the tokenizer of a checkpoint")
+    shrink_option(parser)
     device_option(parser)
 
 
@@ -35,17 +36,21 @@ def pretrain_config(arguments: Arguments, flags: list[str]) -> Config:
     from vlp.flags import from_command_line
     from vlp.pretrain import resumed_config
     from vlp.run import RunConfig
+    from vlp.shrink import shrunk_layer
 
     if arguments.resume is not None:
-        if arguments.recipe or arguments.out or arguments.init:
+        if arguments.recipe or arguments.out or arguments.init or arguments.shrink:
             raise ValueError(
-                "--resume takes recipe, folder and weights from the run; leave out RECIPE, --out and --init"
+                "--resume takes recipe, folder and weights from the run; leave out RECIPE, --out, --init and --shrink"
             )
         arguments.found = find_checkpoint(arguments.resume, newest=True)
         return resumed_config(arguments.found, flags)
     prog = f"vlp pretrain {arguments.recipe or 'RECIPE'}"
     if arguments.recipe is None and "--help" not in flags:
         raise ValueError("vlp pretrain: name a recipe (vlp recipes lists them), or --resume RUN")
+    if arguments.shrink and arguments.recipe is not None:
+        below = [shrunk_layer(RunConfig, arguments.recipe, group="pretrain", migrate=migrate)]
+        return from_command_line(RunConfig, flags, prog=prog, below=below)
     return from_command_line(RunConfig, flags, arguments.recipe, prog=prog, group="pretrain", migrate=migrate)
 
 
