@@ -171,11 +171,13 @@ class Vocabulary:
     """First id of a generated text."""
     eos: int
     """Last id of a generated text."""
+    sentinels: tuple[int, ...] = ()
+    """Ids that stand for hidden spans, in their order (T5's <extra_id_0> and on)."""
 
     @property
     def special(self) -> frozenset[int]:
         """Ids that are never masked and never drawn."""
-        ids = (self.pad, self.cls, self.sep, self.mask, self.bos, self.eos)
+        ids = (self.pad, self.cls, self.sep, self.mask, self.bos, self.eos, *self.sentinels)
         return frozenset(i for i in ids if i is not None)
 
 

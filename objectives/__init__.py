@@ -23,6 +23,7 @@ from objectives.rank import RankConfig
 from objectives.regress import RegressConfig
 from objectives.seq2seq_mlm import Seq2SeqMlmConfig
 from objectives.sigmoid import SigmoidConfig
+from objectives.span_corruption import SpanCorruptionConfig
 from objectives.token_itc import TokenItcConfig
 from objectives.wra import WraConfig
 
@@ -37,6 +38,7 @@ ObjectiveConfig: TypeAlias = Annotated[
     | MimConfig
     | LmConfig
     | PrefixLmConfig
+    | SpanCorruptionConfig
     | AnswerConfig
     | AssignConfig
     | BoxConfig

@@ -38,8 +38,17 @@ class VocabularyHead(nn.Module):
         return self.decoder(self.norm(self.activation(self.dense(states))))
 
 
-WordHead: TypeAlias = Literal["bert", "linear", "bare"]
-"""What gives word scores: dense, activation, norm, words (BERT); words alone (BEiT-3); these without bias (CoCa)."""
+class ScaledWords(nn.Linear):
+    """Word scores of states over the root of their width, as words of the usual size need it (T5, where tied)."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., D] -> logits [..., V]."""
+        return super().forward(states * self.in_features**-0.5)
+
+
+WordHead: TypeAlias = Literal["bert", "linear", "bare", "scaled"]
+"""What gives word scores: dense, activation, norm, words (BERT); words alone (BEiT-3); these without bias (CoCa), or
+of states over the root of their width (T5)."""
 
 
 def word_head(
@@ -58,7 +67,8 @@ def word_head(
     """
     if kind == "bert":
         return VocabularyHead(width, vocabulary_size, tied, activation=activation, eps=eps)
-    head = nn.Linear(width, vocabulary_size, bias=kind == "linear")
+    make = ScaledWords if kind == "scaled" else nn.Linear
+    head = make(width, vocabulary_size, bias=kind == "linear")
     initialise(head)
     if tied is not None:
         if tied.shape[1] != width:

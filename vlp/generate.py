@@ -156,15 +156,15 @@ class FusedStepper:
             return self.head(fused.text.states[:, -1])
         texts = Texts(ids, torch.ones_like(ids, dtype=torch.bool))
         newest = self.text.embeddings(texts, first=before.shape[1])
-        keep = None
+        keep, own = None, self.fusion.num_prefix
         if self.image.keep is not None:
             seen = self.image.keep.index_select(0, self.rows)
             past = self.caches[0].past
             assert past is not None
             more = seen.new_ones(len(seen), past.keys.shape[2] + 1 - seen.shape[1])
-            own = self.fusion.num_prefix
             keep = torch.cat([more[:, :own], seen, more[:, own:]], 1)
-        return self.head(self.fusion.step(newest, keep, self.caches)[:, -1])
+        number = own + self.image.states.shape[1]
+        return self.head(self.fusion.step(newest, keep, self.caches, number)[:, -1])
 
     def reorder(self, index: Tensor) -> None:
         """Go on with the rows ``index`` [M]."""

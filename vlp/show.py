@@ -143,7 +143,9 @@ def synthetic_batches(
 
 def _synthetic_texts(model: Model, views: Mapping[str, View], size: int, length: int) -> dict[str, Texts]:
     """Drawn words, and the views of them."""
-    words, draw = Vocabulary(model.text.word_embedding.shape[0], pad=0, cls=1, sep=2, mask=3, bos=1, eos=2), Draw()
+    size_of, draw = model.text.word_embedding.shape[0], Draw()
+    sentinels = tuple(range(size_of - 1, size_of - 17, -1))
+    words = Vocabulary(size_of, pad=0, cls=1, sep=2, mask=3, bos=1, eos=2, sentinels=sentinels)
     ids = [draw.sample("words", position).integers(4, words.size, length) for position in range(size)]
     starts = np.ones(length, dtype=bool)
     starts[[0, -1]] = False

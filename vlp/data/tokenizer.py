@@ -21,7 +21,7 @@ from encoders.sources import local_source
 from encoders.types import Vocabulary
 from vlp.config import Config, build
 from vlp.data.cleaning import CleanKind, clean_text
-from vlp.data.tokenizer_files import load_backend
+from vlp.data.tokenizer_files import load_backend, sentinels_of
 from vlp.data.wordpiece import train_wordpiece
 
 logger = logging.getLogger(__name__)
@@ -219,6 +219,7 @@ def _vocabulary(tokenizer: Any, source: str, begins: bool) -> Vocabulary:
         mask=tokenizer.mask_token_id,
         bos=cls if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         eos=sep if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
+        sentinels=sentinels_of(tokenizer.get_vocab()),
     )
 
 

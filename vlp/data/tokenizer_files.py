@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ _NAMES = {
     "pad_token": ("[PAD]", "<pad>"),
 }
 """What special tokens are called, for files that do not say."""
+
+
+def sentinels_of(words: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the ids of <extra_id_0>, <extra_id_1> and on, which T5's tokenizer has for hidden spans."""
+    names = takewhile(words.__contains__, (f"<extra_id_{number}>" for number in count()))
+    return tuple(words[name] for name in names)
 
 
 def load_backend(source: str) -> Any:

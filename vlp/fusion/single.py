@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from encoders.layers import Cache, attention_mask, initialise
+from encoders.layers import Cache, attention_mask, initialise, with_bias
 from encoders.text import BesideConfig, load_bert
 from encoders.types import AttentionKind, Tokens
 from encoders.vit_weights import load_vit
@@ -48,6 +49,8 @@ class SingleStreamConfig(BesideConfig):
     init_layer: int = 0
     """First layer of `init` to take. `init: timm:NAME` takes a ViT's blocks."""
 
+    any_form: ClassVar[bool] = True
+
     def build(self, image_width: int, text_width: int, reads: frozenset[Side]) -> SingleStream:
         """Build the fusion; ``reads`` says which sides anyone reads."""
         return SingleStream(self, image_width, text_width, reads)
@@ -77,7 +80,8 @@ class SingleStream(nn.Module):
         self.modality = modality_table(width, config.images) if config.modality_embedding else None
         self.order = nn.Parameter(torch.zeros(2, width)) if config.images == "pair" else None
         self.blocks = nn.ModuleList(stack.block() for _ in range(stack.layers))
-        self.final_norm = nn.LayerNorm(width, stack.eps) if stack.norm == "pre" else nn.Identity()
+        self.final_norm = stack.new_norm()
+        self.buckets = stack.form.new_buckets(stack.heads, both_ways=True)
         initialise(self)
         self.pooler = Pooler(config.pooler, width, width) if "pooled" in reads else None
         self.pooled_width = pooled_width(self.pooler, config.images)
@@ -111,16 +115,20 @@ class SingleStream(nn.Module):
             return fuse_each(partial(self._fuse, image, layers=layers), text, image_index, attention, prefix)
         return self._fuse(image, text, image_index, attention, prefix, layers=layers, caches=caches)
 
-    def step(self, text: Tensor, keep: Tensor | None, caches: Sequence[Cache]) -> Tensor:
+    def step(self, text: Tensor, keep: Tensor | None, caches: Sequence[Cache], num_image: int) -> Tensor:
         """Read the newest embedding [M, 1, D] of each text after what ``caches`` hold -> states [M, 1, D].
 
-        ``keep`` [M, S] says what of that, and of the new, is seen (None: all).
+        ``keep`` [M, S] says what of that, and of the new, is seen (None: all); the first ``num_image`` are no words.
         """
         states = self.text_project(text)
         if self.modality is not None:
             states = states + self.modality.weight[1]
+        mask, past = attention_mask(keep), caches[0].past
+        if self.buckets is not None and past is not None:
+            first = past.keys.shape[2] - num_image
+            mask = with_bias(mask, F.pad(self.buckets(1, first + 1, first), (num_image, 0)))
         for block, cache in zip(self.blocks, caches, strict=True):
-            states = block(states, attention_mask(keep), cache=cache)
+            states = block(states, mask, cache=cache)
         return self.final_norm(states)
 
     def _fuse(
@@ -158,6 +166,9 @@ class SingleStream(nn.Module):
             keeps.insert(0, torch.ones_like(keeps[0][:, :1]))
         keep = torch.cat(keeps, 1)
         mask = joined_mask(keep, num_image, attention, prefix)
+        if self.buckets is not None:  # words know their distances, from the image there is none (VL-T5)
+            length = keep.shape[1] - num_image
+            mask = with_bias(mask, F.pad(self.buckets(length, length), (num_image, 0, num_image, 0)))
         states = torch.cat(parts, 1)
         every = [states]
         for place, block in enumerate(self.blocks):
