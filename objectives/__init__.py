@@ -17,12 +17,15 @@ from objectives.lm import LmConfig
 from objectives.mim import MimConfig
 from objectives.mlm import MlmConfig
 from objectives.mrm import MrmConfig
+from objectives.multiview_itc import MultiviewItcConfig
+from objectives.nearest_itc import NearestItcConfig
 from objectives.pair_attention import PairAttentionConfig
 from objectives.prefix_lm import PrefixLmConfig
 from objectives.rank import RankConfig
 from objectives.regress import RegressConfig
 from objectives.seq2seq_mlm import Seq2SeqMlmConfig
 from objectives.sigmoid import SigmoidConfig
+from objectives.simsiam import SimSiamConfig
 from objectives.span_corruption import SpanCorruptionConfig
 from objectives.token_itc import TokenItcConfig
 from objectives.wra import WraConfig
@@ -32,6 +35,9 @@ ObjectiveConfig: TypeAlias = Annotated[
     | SigmoidConfig
     | TokenItcConfig
     | IntraConfig
+    | MultiviewItcConfig
+    | NearestItcConfig
+    | SimSiamConfig
     | FusedItcConfig
     | ItmConfig
     | MlmConfig

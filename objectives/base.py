@@ -27,6 +27,9 @@ WHOLE = "whole"
 AGAIN = "again"
 """View of the images with another augmentation of each."""
 
+EDITED = "edited"
+"""View of the texts with some words changed."""
+
 Side: TypeAlias = Literal["image", "text", "pooled", "memory"]
 """What of a :class:`Fused` is read; `memory` is the side that the model's decoder reads."""
 
@@ -55,6 +58,8 @@ class Embed:
     """By the momentum teacher, without gradient."""
     tokens: bool = False
     """Every state of the tower in the space, instead of its pooled vector (FILIP)."""
+    unit: bool = True
+    """Scaled to unit norm; else the vector as it is projected."""
 
 
 @dataclass(frozen=True)

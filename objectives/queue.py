@@ -1,6 +1,7 @@
-"""The momentum queue: embeds of earlier pairs as further candidates of a contrastive loss (He et al. 2020, MoCo).
+"""Queues of embeds of earlier steps, first in first out.
 
-Shapes: Q pairs in the queue, S new pairs, E embedding.
+Pairs are further candidates of a contrastive loss (He et al. 2020, MoCo); among vectors the nearest is sought.
+Shapes: Q pairs or vectors in the queue, S new ones, E embedding.
 """
 
 from __future__ import annotations
@@ -64,3 +65,36 @@ class PairQueue(nn.Module):
             elif name != "pointer":
                 queued.index_fill_(0, at, -1)
         self.pointer.add_(len(text)).remainder_(self.size)
+
+
+class VectorQueue(nn.Module):
+    """The last Q vectors, a ring; random ones at first.
+
+    Args:
+        size: Q.
+        width: E.
+    """
+
+    vectors: Tensor
+    """[Q, E] of unit norm."""
+    pointer: Tensor
+    """[1] int64, where the next vector goes."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("vectors", F.normalize(torch.randn(size, width), dim=1))
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
+
+    @torch.no_grad()
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """Return the queued vector nearest to each of ``vectors`` [S, E], [S, E]."""
+        return self.vectors.index_select(0, (vectors.to(self.vectors.dtype) @ self.vectors.T).argmax(1))
+
+    @torch.no_grad()
+    def append(self, vectors: Tensor) -> None:
+        """Take in ``vectors`` [S, E]; of more than Q the last ones."""
+        size = len(self.vectors)
+        new = vectors[-size:]
+        at = (self.pointer + torch.arange(len(vectors) - len(new), len(vectors), device=vectors.device)) % size
+        self.vectors.index_copy_(0, at, new.to(self.vectors.dtype))
+        self.pointer.add_(len(vectors)).remainder_(size)

@@ -23,11 +23,22 @@ def misfits(model: Model, config: ModelConfig) -> list[str]:
     found = [*_modalities(model, needs), *_fusion(model, config, needs)]
     if model.decoder is not None and not any(isinstance(one, Decode) for one in needs):
         found.append(f"no objective of {_names(model)} uses model.decoder; add lm, or set model.decoder none")
-    return [*found, *_fused_passes(model, config)]
+    return [*found, *_unmade_texts(model), *_fused_passes(model, config)]
 
 
 def _names(model: Model) -> list[str]:
     return sorted(model.objectives)
+
+
+def _unmade_texts(model: Model) -> list[str]:
+    """Text views whose embeds are compared, but that no objective makes."""
+    made = {"clean"}.union(*(one.views for _, one in model.named_objectives()))
+    return [
+        f"objective {name} reads the text view {view!r}, which no objective makes; add mlm, which makes masked texts, "
+        "or read another view"
+        for name, one in model.named_objectives()
+        for view in sorted(views(each for each in one.needs if isinstance(each, Embed))["text"] - made)
+    ]
 
 
 def _modalities(model: Model, needs: frozenset[Pass]) -> list[str]:

@@ -208,7 +208,8 @@ class Step:
         tokens: Tokens = self.results[Encode(name.modality, name.view, name.branch, name.teacher)]
         if name.tokens:
             return space(name.modality, tokens.states)
-        return space(name.modality, tokens.pooled if space.reads == "pooled" else tokens.states[:, 0])
+        pooled = tokens.pooled if space.reads == "pooled" else tokens.states[:, 0]
+        return space(name.modality, pooled) if name.unit else space.project(name.modality, pooled)
 
     def _attention(self, view: str | None) -> tuple[AttentionKind, Tensor | None]:
         text = None if view is None else self.batch.texts.get(view)

@@ -128,7 +128,8 @@ def synthetic_batch(
         shown = replace(regions, masked=None)
         return replace(host, images={name: regions if name == "masked" else shown for name in names}).to(device)
     side = model.vision.config.image_size
-    pixels = torch.zeros(size, 3, side, side, dtype=torch.uint8, device=device)
+    # No image is like another: what is normalised over the batch would vanish.
+    pixels = torch.arange(size * 3 * side**2, device=device).remainder(251).to(torch.uint8).view(size, 3, side, side)
     hidden = hide_patches(Images(pixels), image_views(objectives), range(size), 1, draw)
     return replace(host, images={name: hidden.get(name, Images(pixels)) for name in names}).to(device)
 
@@ -216,7 +217,7 @@ def plan_rows(model: Model, batch: Batch) -> Plan:
             modality: Modality = "image" if part == "vision" else "text"
             view, begins_anew = _view_of(given, args[0])
             number = batch.num_images if part == "vision" else batch.num_texts
-            asked = "clean" if view == AGAIN else view
+            asked = "clean" if teacher and view == AGAIN else view
             what = _reads(Encode(modality, view, teacher=teacher)) + (", begun as fused texts are" * begins_anew)
             by = users(partial(fuses if begins_anew else reads, modality, asked, teacher))
             found.append(PlanRow("encode", what, number / batch.num_texts, by))

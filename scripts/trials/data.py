@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encoders.types import Batch, Images
+from objectives.base import EDITED
 from vlp.data.batch import Example, collate
+from vlp.data.edits import EditConfig, edit
 from vlp.data.pairing import FALSE_TEXT, TRUE
 from vlp.data.reader import decode_sample, open_reader
 from vlp.data.regions import RegionArrays
@@ -93,6 +95,14 @@ def pairs(one: Emoji, every: list[Emoji], random: Random) -> list[Example]:
         "value": np.float32(pixels.float().mean() / 255),
     }
     return [Example(one.key, (pixels,), one.label, targets=targets, again=(augment(one.pixels, random),))]
+
+
+def edited_pairs(one: Emoji, every: list[Emoji], random: Random) -> list[Example]:
+    """An image and its label, which comes again with words changed."""
+    return [
+        replace(found, other_texts={EDITED: edit(one.label, EditConfig(), random)})
+        for found in pairs(one, every, random)
+    ]
 
 
 def given_pairs(one: Emoji, every: list[Emoji], random: Random) -> list[Example]:

@@ -25,6 +25,7 @@ from scripts.trials.data import (
     GROUPS,
     Maker,
     choices,
+    edited_pairs,
     given_pairs,
     pairs,
     placed,
@@ -196,6 +197,9 @@ TRIALS: dict[str, Trial] = {
     "intra, with parts": Trial(
         {"intra": {"patch_pool": 2}}, fused=False, model={"teacher_view": "again"}, chance=alike
     ),
+    "multiview_itc": Trial({"multiview_itc": {}}, fused=False, make=edited_pairs),
+    "nearest_itc": Trial({"nearest_itc": {"queue": 192}}, fused=False, make=edited_pairs),
+    "simsiam": Trial({"simsiam": {"width": 64, "hidden": 32}}, fused=False),
     "fused_itc": Trial({"fused_itc": {}}),
     "itm, random negatives": Trial({"itm": {}}),
     "itm, hard negatives": Trial({"itm": {"random_until": 6000, "hard_from": 12000}, "itc": {}}),

@@ -14,8 +14,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from encoders.types import Batch
-from objectives.base import Draw, ImageView, View
+from objectives.base import EDITED, Draw, ImageView, View
 from vlp.data.batch import Example, collate, numbered, stable_hash
+from vlp.data.edits import edit
 from vlp.data.group import Groups, without_images
 from vlp.data.pairing import pair
 from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
@@ -149,6 +150,10 @@ class Fetch(Dataset[Fetched]):
                 sample = self._alternate(sample, self.config.alternates, position, number)
             one = self.prepare(replace(sample, images=images), self.draw.sample(numbered("example", number), position))
             one = self._paired(replace(one, regions=regions), sample, position, number, index)
+            if EDITED in self.views and one.text is not None:
+                generator = self.draw.sample(numbered(EDITED, number), position)
+                changed = {EDITED: edit(one.text, self.config.edits, generator)}
+                one = replace(one, other_texts={**one.other_texts, **changed})
             try:
                 for text in (one.text or "", one.second or "", *one.other_texts.values()):
                     text.encode()

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from encoders.types import Batch
 from objectives.base import ImageView, View
 from vlp.config import Config
+from vlp.data.edits import EditConfig
 from vlp.data.fetch import Fetch, Fetched, Prepare, Slot
 from vlp.data.group import group_samples
 from vlp.data.order import Order, rank_slice
@@ -74,6 +75,8 @@ class DataConfig(Config):
     texts of its group; where there are fewer they repeat. Samples, batch sizes and durations then count images."""
     pairing: PairingConfig | None = None
     """Texts of two segments, and pairs that are made false on purpose; none = each text is its image's caption."""
+    edits: EditConfig = Field(default_factory=EditConfig)
+    """How words are changed in the text view "edited", where an objective reads it (multiview_itc)."""
     whole_region: bool = False
     """Of a detector's regions: the whole image is one more, the first, with the mean of their features (ViLBERT)."""
     group: str | None = None

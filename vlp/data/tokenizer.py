@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _OPEN_CLIP = "open_clip:"
 OPEN_CLIP_FILE = "open_clip_tokenizer.json"
 _RULES_FILE = "tokenizer_rules.json"
+_MASK = "<|mask|>"
 
 Ids = npt.NDArray[np.int64]
 
@@ -59,6 +60,8 @@ class TokenizerConfig(TextRules):
     """train: ignore case and accents."""
     added_tokens: tuple[str, ...] = ()
     """Special tokens that get the ids after the last one, in this order (BLIP: [DEC], [ENC])."""
+    add_mask: bool = False
+    """Give a tokenizer without a token for masked words one, which gets the id after the last (DeCLIP, of CLIP's)."""
     bos_token: str | int | None = None
     """Token that begins a generated text, or its id; none = the tokenizer's own."""
 
@@ -224,22 +227,25 @@ def _vocabulary(tokenizer: Any, source: str, begins: bool) -> Vocabulary:
 
 
 class OpenClipTokenizer(Tokenizer):
-    """CLIP's BPE as open_clip ships it: ``<start_of_text> ... <end_of_text>``, padded with 0, without a mask token.
+    """CLIP's BPE as open_clip ships it: ``<start_of_text> ... <end_of_text>``, padded with 0.
 
     Args:
         rules: What becomes of a text before and after; its cleaning stands in for open_clip's own, `lower`, if any.
+        mask: Have a mask token, which CLIP's own has not, behind the last word.
     """
 
-    def __init__(self, rules: TextRules | None = None):
+    def __init__(self, rules: TextRules | None = None, mask: bool = False):
         from open_clip.tokenizer import SimpleTokenizer  # takes seconds, and is only needed here
 
         self.rules = rules or TextRules()
         self._bpe = SimpleTokenizer(clean="lower" if self.rules.clean == "none" else "whitespace")
         start, end = self._bpe.sot_token_id, self._bpe.eot_token_id
-        self.vocabulary = Vocabulary(self._bpe.vocab_size, pad=0, cls=start, sep=end, mask=None, bos=start, eos=end)
+        size = self._bpe.vocab_size
+        own = size if mask else None
+        self.vocabulary = Vocabulary(size + mask, pad=0, cls=start, sep=end, mask=own, bos=start, eos=end)
 
     def __reduce__(self) -> Any:
-        return OpenClipTokenizer, (self.rules,)
+        return OpenClipTokenizer, (self.rules, self.vocabulary.mask is not None)
 
     def as_transformers(self) -> Any:
         """Return the same vocabulary and merges as a ``CLIPTokenizer``, which does not mend HTML entities."""
@@ -247,10 +253,14 @@ class OpenClipTokenizer(Tokenizer):
 
         merges = sorted(self._bpe.bpe_ranks, key=self._bpe.bpe_ranks.__getitem__)
         named = {self.vocabulary.cls: "<|startoftext|>", self.vocabulary.sep: "<|endoftext|>"}
-        return CLIPTokenizer({named.get(i, piece): i for piece, i in self._bpe.encoder.items()}, merges)
+        found = CLIPTokenizer({named.get(i, piece): i for piece, i in self._bpe.encoder.items()}, merges)
+        if self.vocabulary.mask is not None:
+            found.add_special_tokens({"mask_token": _MASK})
+        return found
 
     def _save(self, folder: Path) -> None:
-        (folder / OPEN_CLIP_FILE).write_text(json.dumps({"tokenizer": "clip_bpe"}) + "\n", encoding="utf-8")
+        said = {"tokenizer": "clip_bpe", **({} if self.vocabulary.mask is None else {"mask": True})}
+        (folder / OPEN_CLIP_FILE).write_text(json.dumps(said) + "\n", encoding="utf-8")
 
     def _pieces(self, text: str, limit: int) -> tuple[list[int], list[bool]]:
         ids = self._bpe.encode(text)
@@ -304,7 +314,7 @@ def _from_folder(folder: Path, asked: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a folder and its rules, those that are ``asked`` for over them."""
     rules = {**_read_json(folder / _RULES_FILE), **asked}
     if (folder / OPEN_CLIP_FILE).is_file():
-        return OpenClipTokenizer(build(TextRules, rules))
+        return OpenClipTokenizer(build(TextRules, rules), bool(_read_json(folder / OPEN_CLIP_FILE).get("mask")))
     if config := _read_json(folder / "open_clip_config.json"):
         return _by_text_config(config.get("model_cfg", {}).get("text_cfg", {}), str(folder), rules, local=True)
     return _from_transformers(str(folder), rules)
@@ -343,7 +353,13 @@ def _by_text_config(text: Mapping[str, Any], source: str, asked: Mapping[str, An
 
 
 def _with_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer with further special tokens and its bos token."""
+    """The tokenizer with further special tokens, its bos token, and a mask token where one is asked for."""
+    if config.add_mask and tokenizer.vocabulary.mask is None:
+        if isinstance(tokenizer, OpenClipTokenizer):
+            tokenizer = OpenClipTokenizer(tokenizer.rules, mask=True)
+        elif isinstance(tokenizer, TransformersTokenizer):
+            tokenizer._tokenizer.add_special_tokens({"mask_token": _MASK})
+            tokenizer = TransformersTokenizer(tokenizer._tokenizer, config.source, tokenizer.rules)
     if not config.added_tokens and config.bos_token is None:
         return tokenizer
     if not isinstance(tokenizer, TransformersTokenizer):

@@ -137,6 +137,19 @@ def test_open_clip_bpe(tmp_path):
         assert other.encode("a cat", 9)[0].tolist() == tokenizer.encode("a cat", 9)[0].tolist()
 
 
+def test_a_mask_token_for_who_has_none(tmp_path):
+    tokenizer = build_tokenizer(TokenizerConfig(source="open_clip:ViT-B-32", add_mask=True), ())
+    v = tokenizer.vocabulary
+    assert (v.size, v.mask, v.cls, v.sep) == (49409, 49408, 49406, 49407) and 49408 in v.special
+    tokenizer.save(tmp_path)
+    for other in (load_tokenizer(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        assert other.vocabulary == v and other.decode([320, 49408, 2368]) == "a cat"
+    theirs = tokenizer.as_transformers()
+    assert (theirs.mask_token_id, len(theirs), theirs("a cat").input_ids) == (49408, 49409, [49406, 320, 2368, 49407])
+    own = build_tokenizer(TokenizerConfig(size=120, add_mask=True), iter(CAPTIONS))
+    assert own.vocabulary == build_tokenizer(TokenizerConfig(size=120), iter(CAPTIONS)).vocabulary  # it has one
+
+
 def test_trained_wordpiece(tmp_path):
     tokenizer = build_tokenizer(TokenizerConfig(size=120), iter(CAPTIONS))
     v = tokenizer.vocabulary
