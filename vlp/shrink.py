@@ -26,7 +26,7 @@ SMALL: dict[str, Callable[[Any], Any]] = {
     "patch_size": lambda value: value if value == 1 else 4,
     "hybrid": lambda value: None if value is None else "resnet18",
     "stem": lambda value: (8,) * len(value),
-    "vocabulary_size": lambda value: None if value is None else 64,
+    "vocabulary_size": lambda value: None,  # the tokenizer's
     "max_length": lambda value: min(value, 16),
     "fused_first": lambda value: None if value is None else 63,
     "number": lambda value: min(value, 9),

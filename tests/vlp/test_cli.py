@@ -123,6 +123,16 @@ def test_dry_run_prints_a_recipe(place: Path, capsys: pytest.CaptureFixture[str]
     assert not Path("x").exists()
 
 
+def test_shrunk_recipe_keeps_its_parts_and_takes_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pretrain", "albef", "--shrink", "--data.train", "a.csv", "--train.samples", "36", "--dry-run"]
+    assert main(words) == 0
+    tree = from_yaml(capsys.readouterr().out)
+    assert list(tree["objectives"]) == ["itc", "itm", "mlm"] and tree["model"]["fusion"]["attention"] == "cross"
+    assert (tree["model"]["text"]["width"], tree["model"]["fusion"]["layers"], tree["train"]["samples"]) == (32, 2, 36)
+    assert tree["model"]["text"]["init"] is None and tree["data"]["tokenizer"]["size"] == 512  # nothing is fetched
+    assert "--shrink" in fails(capsys, "pretrain", "--resume", "x", "--shrink")
+
+
 def test_words_go_to_the_command_or_to_the_tree() -> None:
     parser = parser_of("pretrain", COMMANDS["pretrain"])
     words = [
