@@ -12,8 +12,11 @@ import torch
 from pydantic import Field
 from timm.models import load_checkpoint
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
+from encoders.dictionary import Dictionary, DictionaryConfig
+from encoders.positions import sine_positions
 from encoders.sources import local_source
 from encoders.types import Images, Tokens
 from vlp.config import Config
@@ -40,7 +43,12 @@ class GridConfig(Config):
     sample: int | None = Field(None, ge=1)
     """Cells that training keeps of each image, drawn anew each time; all are read afterwards (Pixel-BERT: 100)."""
     max_pool: bool = False
-    """Keep the largest value of every 2 x 2 cells (Pixel-BERT)."""
+    """Keep the largest value of every 2 x 2 cells (Pixel-BERT, SOHO)."""
+    dictionary: DictionaryConfig | None = None
+    """Read each cell as the nearest entry of a learned dictionary (SOHO)."""
+    positions: Literal["none", "sine"] = "none"
+    """What says where a cell is: nothing but what convolutions see of the border, or added sines and cosines of its row
+    and column (SOHO)."""
     mean_token: bool = False
     """Put the mean of all cells before them, as a [CLS] (X-VLM's Swin)."""
     freeze_norm: bool = True
@@ -79,9 +87,28 @@ class GridEncoder(nn.Module):
             update={"mean": config.mean or tuple(native["mean"]), "std": config.std or tuple(native["std"])}
         )
         self.width: int = self.body.num_features
+        self.dictionary: Dictionary | None = None
+        if config.dictionary is not None:
+            self.dictionary, self.width = Dictionary(config.dictionary, self.width), config.dictionary.width
         self.register_buffer("mean", torch.tensor(self.config.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.config.std).view(1, 3, 1, 1), persistent=False)
         self._freeze_norm()
+
+    @property
+    def hideable(self) -> tuple[int, int] | None:
+        """K, entries that may be hidden, and P, cells of an image of ``image_size``; None if there are none to hide."""
+        own = self.dictionary
+        return None if own is None or own.mask is None else (own.config.entries, self._num_cells())
+
+    def _num_cells(self) -> int:
+        """P, by a forward of shapes alone."""
+        mapped, side = _Mapped(self), self.config.image_size
+        weights = {
+            name: tensor.detach().to("meta") for name, tensor in (*mapped.named_parameters(), *mapped.named_buffers())
+        }
+        found = functional_call(mapped, weights, (torch.zeros(1, 3, side, side, device="meta"),))
+        rows, columns = found.shape[1:3] if self._channels_last(found) else found.shape[2:4]
+        return rows * columns
 
     def load_pretrained(self) -> None:
         """Fill the weights from timm's or from the file that the recipe names.
@@ -118,18 +145,22 @@ class GridEncoder(nn.Module):
         if images.owner is not None:
             return self.regions(images)[0]
         found, every = self._map(images.pixels, layers)
-        cells = self._sampled(self._cells(found))
+        cells, labels = self._cells(found, images.masked)
+        pooled = self._pool(found, cells)
+        cells, labels = self._sampled(cells, labels)
         if self.config.mean_token:
             cells = torch.cat([cells.mean(1, keepdim=True), cells], 1)
-        return Tokens(cells, None, self.body.forward_head(found, pre_logits=True), every)
+            labels = None if labels is None else F.pad(labels, (1, 0), value=-100)
+        return Tokens(cells, None, pooled, every, labels)
 
-    def _sampled(self, cells: Tensor) -> Tensor:
+    def _sampled(self, cells: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """In training, each image's share of its cells [B, N, D], in their order (Huang et al. 2020, section 3.3)."""
         number = self.config.sample
         if not self.training or number is None or number >= cells.shape[1]:
-            return cells
+            return cells, labels
         drawn = torch.rand(cells.shape[:2], device=cells.device).topk(number, 1).indices.sort(1).values
-        return cells.gather(1, drawn[..., None].expand(-1, -1, cells.shape[2]))
+        part = cells.gather(1, drawn[..., None].expand(-1, -1, cells.shape[2]))
+        return part, None if labels is None else labels.gather(1, drawn)
 
     def regions(self, images: Images) -> tuple[Tokens, Tokens]:
         """Regions of pictures -> Tokens of the regions [B, N, D], and of the pictures themselves [pixels, N, D].
@@ -138,8 +169,8 @@ class GridEncoder(nn.Module):
         """
         assert images.owner is not None
         found, _ = self._map(images.pixels, layers=False)
-        cells = self._cells(found)
-        whole = Tokens(cells, None, self.body.forward_head(found, pre_logits=True))
+        cells, _ = self._cells(found)
+        whole = Tokens(cells, None, self._pool(found, cells))
         own = cells.index_select(0, images.owner)
         keep = own.new_ones(own.shape[:2], dtype=torch.bool) if images.keep is None else images.keep
         weight = keep[..., None].to(own.dtype)
@@ -173,13 +204,40 @@ class GridEncoder(nn.Module):
         pooled = F.max_pool2d(found.movedim(-1, 1) if last else found, 2, ceil_mode=True)
         return pooled.movedim(1, -1) if last else pooled
 
-    def _cells(self, found: Tensor) -> Tensor:
-        """The map's cells, [B, N, D]."""
-        return found.flatten(1, 2) if self._channels_last(found) else found.flatten(2).transpose(1, 2)
+    def _cells(self, found: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The map's cells, or their entries, [B, N, D]; of hidden ones also which entries they are, [B, N]."""
+        last, labels = self._channels_last(found), None
+        cells = found.flatten(1, 2) if last else found.flatten(2).transpose(1, 2)
+        if masked is not None and (self.dictionary is None or masked.shape[1] != cells.shape[1]):
+            raise ValueError(
+                f"images hide some of {masked.shape[1]} cells, but model.vision.kind grid has {cells.shape[1]} and can "
+                "hide them only with a dictionary; set model.vision.dictionary, and give images of image_size"
+            )
+        if self.dictionary is not None:
+            cells, labels = self.dictionary(cells, masked)
+        if self.config.positions == "sine":
+            rows, columns = found.shape[1:3] if last else found.shape[2:4]
+            cells = cells + sine_positions((rows, columns), cells.shape[2], cells.device).to(cells.dtype)
+        return cells, labels
+
+    def _pool(self, found: Tensor, cells: Tensor) -> Tensor:
+        """What timm's classifier would read of the map; of a dictionary the mean of the cells' entries."""
+        return self.body.forward_head(found, pre_logits=True) if self.dictionary is None else cells.mean(1)
 
     def _channels_last(self, found: Tensor) -> bool:
         """Whether the map is [B, h, w, C] (Swin), as timm says by ``output_fmt``."""
         return getattr(self.body, "output_fmt", "NCHW") == "NHWC"
+
+
+class _Mapped(nn.Module):
+    """Pixels to an encoder's map, as a module of its own."""
+
+    def __init__(self, encoder: GridEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.encoder._map(pixels, layers=False)[0]
 
 
 def _drop_head_conv(body: Any, name: str) -> None:

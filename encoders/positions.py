@@ -1,4 +1,4 @@
-"""Position embeddings of an image grid, resized to another grid as each family does it.
+"""Position embeddings of an image grid: resized to another grid as each family does it, or sines and cosines.
 
 Shapes: N prefix tokens and patches, D width.
 """
@@ -124,3 +124,30 @@ def _blurred(count: Tensor, size: int, side: int) -> Tensor:
     places = torch.arange(side, device=count.device) + 0.5
     weights = (1 - (places - centre).abs() / part.clamp(min=1)).clamp(min=0)
     return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)  # what is behind the last part has none
+
+
+def sine_positions(grid: tuple[int, int], width: int, device: torch.device | None = None) -> Tensor:
+    """Sines and cosines of each cell's row, then of its column (Carion et al. 2020, DETR, appendix A.4).
+
+    Rows and columns are counted in parts of the whole, which is one turn of the fastest sine, whatever the grid.
+
+    Args:
+        grid: rows and columns of cells.
+        width: D, a multiple of 4.
+        device: of the result.
+
+    Returns:
+        [rows * columns, D] float32, cells row by row.
+
+    Raises:
+        ValueError: D is no multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"sine positions need a width that is a multiple of 4, not {width}; change the width")
+    rate = 10000 ** (-torch.arange(width // 4, device=device) / (width // 4))
+    sides = []
+    for number in grid:
+        angle = (torch.arange(1, number + 1, device=device) * (2 * math.pi / number))[:, None] * rate  # [number, D / 4]
+        sides.append(torch.stack([angle.sin(), angle.cos()], 2).flatten(1))
+    rows, columns = (side.expand(*grid, -1) for side in (sides[0][:, None], sides[1][None]))
+    return cat([rows, columns], 2).flatten(0, 1)

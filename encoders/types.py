@@ -29,7 +29,8 @@ class Images:
     """[B] int64, where images are regions of pictures: the row of ``pixels`` that each is a region of, whose patches
     ``keep`` says (None = row b)."""
     masked: Tensor | None = None
-    """[B, P] bool, patches to replace by the mask token (None = none)."""
+    """[B, P] bool, patches to replace by the mask token (None = none); of cells with a dictionary, all that share the
+    entry of one of these."""
     masked_at: Tensor | None = None
     """[K] int64 flat positions b * P + p of these, padded with -1 to a multiple of 8 (no boolean indexing)."""
     targets: Mapping[str, Tensor] = field(default_factory=dict)
@@ -101,6 +102,8 @@ class Tokens:
     """[B, D], one vector for the whole input."""
     layers: tuple[Tensor, ...] | None = None
     """Hidden states of every layer, on request."""
+    labels: Tensor | None = None
+    """[B, N] int64, what a dictionary knew at each token that the encoder hid, -100 at the others."""
 
 
 @dataclass(frozen=True)

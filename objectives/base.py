@@ -294,6 +294,8 @@ class ModelSpec:
     """Rows and columns of an image's patches; None where it has none."""
     patch_size: int = 16
     """Side of a patch in pixels."""
+    dictionary: tuple[int, int] | None = None
+    """Entries of the vision encoder's dictionary that can be hidden, and cells of an image; None where it has none."""
     max_length: int | None = None
     """Ids of the longest text; None where the text encoder does not say."""
     feature_projection: nn.Parameter | None = None

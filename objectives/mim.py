@@ -1,8 +1,9 @@
 """Masked image modelling (MIM), with the text where there is a fusion: predict the patches that are hidden.
 
 Their codes in a codebook (Bao et al. 2022, BEiT, section 2; FLAVA's MIM and the image side of its MMM, Singh et al.
-2022, section 4), or their pixels (Xie et al. 2022, SimMIM, section 3; normalised in the patch, He et al. 2022, MAE).
-Shapes: B images, M rows, P patches, K predicted patches, D width, C codes.
+2022, section 4), their pixels (Xie et al. 2022, SimMIM, section 3; normalised in the patch, He et al. 2022, MAE), or
+which entry of the vision encoder's dictionary is hidden (MVM: Huang et al. 2021, SOHO, section 3.3).
+Shapes: B images, M rows, P patches or cells, K predicted patches, D width, C codes, N image tokens.
 """
 
 from __future__ import annotations
@@ -31,15 +32,17 @@ class MimConfig(ObjectiveSettings):
     kind: Literal["mim"] = "mim"
     weight: float = 1.0
     """Weight of this loss in the sum."""
-    target: Literal["codes", "pixels"] = "codes"
-    """What is predicted: codes, which the batch brings (``Images.targets["codes"]``) or else `model.codebook` finds; or
-    pixels."""
+    target: Literal["codes", "pixels", "entries"] = "codes"
+    """What is predicted: codes, which the batch brings (``Images.targets["codes"]``) or else `model.codebook` finds;
+    pixels; or the entry of model.vision.dictionary that all cells have which are hidden in an image (SOHO)."""
     codes: int = 8192
-    """C, codes that there are."""
+    """C, codes that there are; entries are as many as the dictionary has."""
     mask_share: float = Field(75 / 196, gt=0, lt=1)
     """Share of the patches that is hidden, in blocks (FLAVA 75 of 196, BEiT-3 0.4)."""
     block: int = Field(16, ge=1)
     """Patches of the smallest block; of a smaller image a twelfth."""
+    image_share: float = Field(1.0, gt=0, le=1)
+    """Share of the images of which an entry is hidden, that of a cell drawn evenly."""
     head: WordHead = "bert"
     """What gives the codes' scores: BERT's prediction head (FLAVA), or one linear map (BEiT-3)."""
     activation: Activation = "gelu"
@@ -66,10 +69,18 @@ class MimConfig(ObjectiveSettings):
         """Build the objective.
 
         Raises:
-            ValueError: the vision encoder has no patches, or the fusion gives no image states.
+            ValueError: the vision encoder has no patches, or no entries, or the fusion gives no image states.
         """
-        if spec.image_grid is None:
-            raise ValueError("objective mim hides patches, which only model.vision.kind patch has; use that, or mrm")
+        if self.target == "entries" and spec.dictionary is None:
+            raise ValueError(
+                "objectives.mim.target entries hides those of a dictionary; set model.vision.kind grid with dictionary "
+                "{mask_token: true}, or another target"
+            )
+        if self.target != "entries" and spec.image_grid is None:
+            raise ValueError(
+                "objective mim hides patches, which only model.vision.kind patch has; use that, or mrm, or of a grid's "
+                "dictionary target entries"
+            )
         alone = self.alone or self.unpaired
         if not alone and spec.fusion != "none" and spec.image_width is None:
             raise ValueError(
@@ -113,39 +124,64 @@ class BlockView:
         return hidden.flatten()
 
 
+@dataclass(frozen=True)
+class EntryView:
+    """Name one cell, with whose entry the encoder hides all cells that have it (SOHO, section 3.3)."""
+
+    cells: int
+    share: float
+    """Of the images; nothing is hidden in the others."""
+
+    def make(self, generator: np.random.Generator) -> np.ndarray:
+        """Return the named cell, [P] bool."""
+        chosen, cell = generator.random() < self.share, generator.integers(self.cells)
+        return (np.arange(self.cells) == cell) & chosen
+
+
 class Mim(Objective):
     """Prediction of the hidden patches of the image view "masked"."""
 
     def __init__(self, config: MimConfig, spec: ModelSpec, fused: bool) -> None:
         super().__init__()
-        assert spec.image_grid is not None
-        self.config, self.grid = config, spec.image_grid
+        self.config = config
         self.one_modality, self.unpaired = not fused, config.unpaired
         width = spec.image_width if fused else spec.image_tower_width
         assert width is not None
-        if config.target == "codes":
-            eps = spec.text_eps if config.eps is None else config.eps
-            self.head = word_head(config.head, width, config.codes, None, eps, activation=config.activation)
-        else:
-            self.head = nn.Linear(width, 3 * spec.patch_size**2)
-            initialise(self.head)
-        self.states: Fuse | Encode = Fuse("masked", config.text) if fused else Encode("image", "masked")
+        self.read = Encode("image", "masked")
+        self.states: Fuse | Encode = Fuse("masked", config.text) if fused else self.read
         self.needs = frozenset({self.states})
-        self.image_views = {"masked": BlockView(self.grid, config.mask_share, config.block)}
+        if config.target == "entries":
+            assert spec.dictionary is not None
+            self.codes, cells = spec.dictionary
+            self.needs |= {self.read}  # the encoder alone knows what it hid
+            self.image_views = {"masked": EntryView(cells, config.image_share)}
+        else:
+            assert spec.image_grid is not None
+            self.codes = config.codes
+            self.image_views = {"masked": BlockView(spec.image_grid, config.mask_share, config.block)}
+        if config.target == "pixels":
+            self.head: nn.Module = nn.Linear(width, 3 * spec.patch_size**2)
+            initialise(self.head)
+        else:
+            eps = spec.text_eps if config.eps is None else config.eps
+            self.head = word_head(config.head, width, self.codes, None, eps, activation=config.activation)
 
     def count(self, batch: Batch) -> Tensor:
-        return self._predicted(batch)[0].sum()
+        predicted = self._predicted(batch)[0]
+        return (predicted.any(1) if self.config.target == "entries" else predicted).sum()
 
     def chance(self, candidates: int) -> float | None:
-        return math.log(self.config.codes) if self.config.target == "codes" else None
+        return None if self.config.target == "pixels" else math.log(self.codes)
 
     def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
-        """Cross-entropy of the codes, or absolute error of the pixels: mean over the hidden patches."""
+        """Cross-entropy of codes or absolute error of pixels, mean over the hidden patches; of entries, over images."""
         predicted, index = self._predicted(batch)
         images = _masked(batch)
         found = results[self.states]
         tokens = found.image if isinstance(found, Fused) else found
         assert tokens is not None
+        if self.config.target == "entries":
+            return self._entry_loss(tokens.states, results[self.read].labels, predicted.any(1), index)
         states = tokens.states[:, -predicted.shape[1] :]
         at = images.masked_at if index is None else None
         if self.config.target == "pixels":
@@ -182,6 +218,20 @@ class Mim(Objective):
             )
         assert images.masked is not None
         return results.codebook.codes(images, _grid(images))
+
+    def _entry_loss(self, states: Tensor, labels: Tensor, predicted: Tensor, index: Tensor | None) -> LossOutput:
+        """Cross-entropy of what was hidden at the tokens [B, N], mean over the cells of a row, then over rows [M].
+
+        All hidden cells of an image have one label, so that each image counts once, however often it has the entry.
+        """
+        labels = labels if index is None else labels.index_select(0, index)
+        logits = self.head(states[:, -labels.shape[1] :]).float()  # [M, N, K]
+        hidden = labels != -100
+        terms = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+        weight = predicted[:, None] * hidden / hidden.sum(1, keepdim=True).clamp(min=1)  # [M, N]
+        count = predicted.sum().clamp(min=1)
+        right = (logits.detach().argmax(2) == labels) * weight
+        return LossOutput((terms.view_as(weight) * weight).sum() / count, {"accuracy": right.sum() / count})
 
     def _pixel_loss(self, states: Tensor, images: Images, predicted: Tensor, index: Tensor | None) -> LossOutput:
         side = images.pixels.shape[2] // _grid(images)[0]

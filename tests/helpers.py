@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from encoders import PatchConfig, TextConfig
+from encoders import GridConfig, PatchConfig, TextConfig
 from encoders.types import Batch, Images, Texts
 from objectives import AnswerConfig, ItcConfig, ItmConfig, LmConfig, MlmConfig, ObjectiveConfig, SigmoidConfig
 from objectives.base import Draw
@@ -39,7 +39,7 @@ def tiny_model(
     *,
     dropout: float = 0.0,
     seed: int = 0,
-    vision: PatchConfig | None = None,
+    vision: PatchConfig | GridConfig | None = None,
 ) -> Model:
     """A model of two small blocks a part; ``fusion`` may be none, single_stream, dual_stream, co or a config.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from encoders import TextConfig
 from encoders.codebook import Codebook
+from encoders.grid import GridEncoder
 from encoders.patch import PatchEncoder
 from encoders.region import RegionEncoder
 from encoders.types import Batch, Modality
@@ -176,6 +177,7 @@ class Model(nn.Module):
             image_width=getattr(fusion, "image_width", None),
             image_grid=self.vision.grid if isinstance(self.vision, PatchEncoder) and self.vision.has_patches else None,
             patch_size=getattr(self.vision, "patch_size", 16),
+            dictionary=self.vision.hideable if isinstance(self.vision, GridEncoder) else None,
             max_length=getattr(config.text, "max_length", None),
             feature_projection=getattr(self.vision, "feature_projection", None),
         )
@@ -194,7 +196,9 @@ class Model(nn.Module):
             objective.before_step()
 
     def after_step(self) -> None:
-        """Run every objective's :meth:`Objective.after_step`."""
+        """Run every objective's :meth:`Objective.after_step`; a dictionary follows the cells of all ranks."""
+        if isinstance(self.vision, GridEncoder) and self.vision.dictionary is not None:
+            self.vision.dictionary.follow(sum_no_grad)
         for _, objective in self.named_objectives():
             objective.after_step()
 

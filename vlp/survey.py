@@ -108,7 +108,7 @@ def vision_feature(model: ModelConfig) -> str:
     if isinstance(vision, RegionConfig):
         return f"{vision.number} regions"
     if isinstance(vision, GridConfig):
-        return f"grid of {short(vision.model)}"
+        return f"grid of {short(vision.model)}" + ("" if vision.dictionary is None else ", by a dictionary")
     if isinstance(vision, HfVisionConfig):
         return "a transformers model"
     assert isinstance(vision, PatchConfig)

@@ -84,9 +84,10 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def update(self, model: Model, momentum: float) -> None:
-        """Move every weight towards the student's: m * teacher + (1 - m) * student."""
+        """Move every weight towards the student's: m * teacher + (1 - m) * student; a dictionary's entries are its."""
         mine, student = self._beside(model)
         get_ema_multi_avg_fn(momentum)(mine, student, 0)
+        self._take_entries(model)
 
     @torch.no_grad()
     def copy_from(self, model: Model, names: Iterable[str] | None = None) -> None:
@@ -95,6 +96,14 @@ class Teacher(nn.Module):
         mine, student = self._beside(model, wanted)
         for weight, source in zip(mine, student, strict=True):
             weight.copy_(source)
+        self._take_entries(model)
+
+    def _take_entries(self, model: Model) -> None:
+        """Read cells by the student's dictionary, which follows their mean over steps already."""
+        theirs = dict(model.named_buffers())
+        for name, own in self.named_buffers():
+            if name.startswith("vision.dictionary."):
+                own.copy_(theirs[name])
 
     def _beside(self, model: Model, wanted: set[str] | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """The teacher's weights (of these names) and the student's that they follow."""

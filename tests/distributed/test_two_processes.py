@@ -11,6 +11,8 @@ import torch.multiprocessing as mp
 from helpers import exact_losses, split_batch, tiny_batch, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
+from encoders import GridConfig
+from encoders.dictionary import DictionaryConfig
 from objectives import ItcConfig, ItmConfig, MlmConfig
 from vlp.train.optim import OptimConfig
 from vlp.train.step import NonFiniteError, TrainStep
@@ -26,6 +28,15 @@ CASES = {
     "none": ("none", ("itc",)),
     "sigmoid": ("none", ("sigmoid",)),
     "teacher": ("dual_stream", TAUGHT),
+    "dictionary": ("single_stream", ("mlm",)),
+}
+GRIDS = {
+    "dictionary": GridConfig(
+        model="resnet10t",
+        image_size=16,
+        arguments={"output_stride": 8, "channels": (8, 8, 8, 8), "stem_width": 8},
+        dictionary=DictionaryConfig(entries=12, width=8),
+    )
 }
 STEPS = (EVEN, EVEN, UNEVEN)
 
@@ -38,7 +49,7 @@ def batches_of(step: int, sizes: tuple[int, ...]):
 def train(case: str, ranks: int, rank: int, pieces: int = 1):
     """Train on three steps of two groups; return the gradients of every step, the last report and the weights."""
     fusion, objectives = CASES[case]
-    model = tiny_model(fusion, objectives).double().train()
+    model = tiny_model(fusion, objectives, vision=GRIDS.get(case)).double().train()
     wrapped = DistributedDataParallel(model) if ranks > 1 else model
     step = TrainStep(wrapped, CONFIG, seed=3, total=24)
     found = []
