@@ -44,8 +44,13 @@ class RegionConfig(Config):
     """Add a learned vector, and the text's position embeddings of words that a region is aligned with (VisualBERT)."""
     mask_embedding: bool = False
     """Add a learned vector to the features that are hidden (UNITER); they are 0 without it."""
+    order: bool = False
+    """Add to each region the embedding of a word by its place: the first has the last word's, and on backwards
+    (VL-T5)."""
+    rms: bool = False
+    """Norms without mean and bias (VL-T5)."""
     eps: float = 1e-12
-    """Epsilon of the layer norms."""
+    """Epsilon of the norms."""
     dropout: float = 0.0
     """Dropout on the tokens."""
     number: int = 36
@@ -81,12 +86,13 @@ class RegionEncoder(nn.Module):
         self.segment = nn.Embedding(config.segment_rows, config.width) if config.segments == "own" else None
         self.position = nn.Parameter(torch.zeros(config.width)) if config.positions else None
         self.aligned: nn.Embedding | None = None
+        self.ordered: nn.Embedding | None = None
         self.mask = nn.Parameter(torch.zeros(config.features)) if config.mask_embedding else None
         self.drop = nn.Dropout(config.dropout)
         initialise(self)
 
-    def _norm(self) -> nn.LayerNorm:
-        return nn.LayerNorm(self.config.width, self.config.eps)
+    def _norm(self) -> nn.Module:
+        return (nn.RMSNorm if self.config.rms else nn.LayerNorm)(self.config.width, self.config.eps)
 
     @property
     def num_tokens(self) -> int:
@@ -107,13 +113,14 @@ class RegionEncoder(nn.Module):
             ValueError: the text encoder is another library's, or of another width.
         """
         config = self.config
-        if config.norm != "text" and config.segments != "text" and not config.positions:
+        if config.norm != "text" and config.segments != "text" and not config.positions and not config.order:
             return
         theirs = getattr(text, "embeddings", None)
         if not isinstance(theirs, TextEmbeddings) or theirs.word.embedding_dim != self.width:
             raise ValueError(
-                "model.vision region shares norm, segments or positions with the text embeddings, which needs "
-                f"model.text.kind text of width {self.width}; use that, or norm own, segments own, positions false"
+                "model.vision region shares norm, segments, positions or order with the text embeddings, which needs "
+                f"model.text.kind text of width {self.width}; use that, or norm own, segments own, positions and order "
+                "false"
             )
         if config.norm == "text":
             if not isinstance(theirs.norm, nn.LayerNorm):
@@ -132,6 +139,13 @@ class RegionEncoder(nn.Module):
                     "model.vision.positions true needs model.text.absolute_positions true; set it, or positions false"
                 )
             self.aligned = theirs.position
+        if config.order:
+            if theirs.word.num_embeddings < config.number:
+                raise ValueError(
+                    f"model.vision.order gives each of {config.number} regions a word, but the text has "
+                    f"{theirs.word.num_embeddings}; lower model.vision.number"
+                )
+            self.ordered = theirs.word
 
     def load_pretrained(self) -> None:
         """There are no published weights of this part alone."""
@@ -175,6 +189,8 @@ class RegionEncoder(nn.Module):
                 states = states + self.segment.weight[self.config.segment]
             else:
                 states = states + self.segment(regions.segments)
+        if self.ordered is not None:
+            states = states + self.ordered.weight[-states.shape[1] :].flip(0)
         if self.position is not None:
             states = states + self.position
         if regions.positions is not None:
