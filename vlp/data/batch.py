@@ -18,6 +18,7 @@ from torch import Tensor
 
 from encoders.types import AttentionKind, Batch, Images, Regions, Texts
 from objectives.base import AGAIN, Draw, ImageView, View, ViewText, draws_of
+from vlp.data.asking import prefix_ids, put_before
 from vlp.data.pairing import encode_segments
 from vlp.data.regions import RegionArrays, RegionLayout, region_views
 from vlp.data.tokenizer import Tokenizer
@@ -40,6 +41,8 @@ class Example:
     """By view, text of views that are made of something else, as "lm:answer"; views that no objective has are left."""
     second: str | None = None
     """What follows the text as its second segment."""
+    prefix: str | None = None
+    """Words before the text wherever it is read and not written; no view hides or predicts them."""
     regions: RegionArrays | None = None
     """What a detector saw of the image, in place of it."""
     targets: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
@@ -173,10 +176,12 @@ def _texts(
     draw: Draw,
 ) -> dict[str, Texts]:
     """The view "clean" of all texts, and every other view."""
-    joined = [_encode(example, tokenizer, max_length) for example in examples]
+    before = [prefix_ids(tokenizer, example.prefix, max_length) for example in examples]
+    joined = [_encode(example, tokenizer, max_length - len(ids)) for example, ids in zip(examples, before, strict=True)]
     encoded, segments = [one[:2] for one in joined], [one[2] for one in joined]
-    vocabulary = tokenizer.vocabulary
-    texts = {"clean": pad_texts([ViewText(ids) for ids, _ in encoded], "full", vocabulary.pad, max_length)}
+    vocabulary, begins = tokenizer.vocabulary, tokenizer.begins
+    read = [put_before(ViewText(own[0]), ids, begins) for own, ids in zip(encoded, before, strict=True)]
+    texts = {"clean": pad_texts(read, "full", vocabulary.pad, max_length)}
     for name, view in views.items():
         made = []
         for example, position, number, own in zip(examples, positions, text_numbers(positions), encoded, strict=True):
@@ -185,6 +190,8 @@ def _texts(
             )
             key = numbered(draws_of(name, view), number)
             made.append(view.make(ids, starts, vocabulary, draw.sample(key, position)))
+        if view.attention != "causal":
+            made = [put_before(text, ids, begins) for text, ids in zip(made, before, strict=True)]
         texts[name] = pad_texts(made, view.attention, vocabulary.pad, max_length)
     return {name: with_segments(text, segments, name) for name, text in texts.items()}
 
@@ -194,6 +201,10 @@ def _encode(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.int64] | None]:
     """Ids of an example's text, where words begin, and, where it has two segments, these."""
     assert example.text is not None, f"{example.key} has no text, but others of its batch have one"
+    if example.prefix is not None and max_length < 3:
+        raise ValueError(f"data.prefix {example.prefix!r} leaves no room for a text; raise data.max_length")
+    if example.second is not None and example.prefix is not None:
+        raise ValueError("data.prefix stands before texts of one segment; leave out data.pairing.second")
     if example.second is None:
         return (*tokenizer.encode(example.text, max_length), None)
     return encode_segments(tokenizer, example.text, example.second, max_length)

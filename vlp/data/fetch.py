@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from encoders.types import Batch
 from objectives.base import EDITED, Draw, ImageView, View
+from vlp.data.asking import ask
 from vlp.data.batch import Example, collate, numbered, stable_hash
 from vlp.data.edits import edit
 from vlp.data.group import Groups, without_images
@@ -150,6 +151,9 @@ class Fetch(Dataset[Fetched]):
                 sample = self._alternate(sample, self.config.alternates, position, number)
             one = self.prepare(replace(sample, images=images), self.draw.sample(numbered("example", number), position))
             one = self._paired(replace(one, regions=regions), sample, position, number, index)
+            if self.config.prefix is not None or self.config.answer is not None:
+                generator = self.draw.sample(numbered("answer", number), position)
+                one = ask(one, sample, self.config.prefix, self.config.answer, generator)
             if EDITED in self.views and one.text is not None:
                 generator = self.draw.sample(numbered(EDITED, number), position)
                 changed = {EDITED: edit(one.text, self.config.edits, generator)}

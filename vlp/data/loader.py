@@ -75,6 +75,12 @@ class DataConfig(Config):
     texts of its group; where there are fewer they repeat. Samples, batch sizes and durations then count images."""
     pairing: PairingConfig | None = None
     """Texts of two segments, and pairs that are made false on purpose; none = each text is its image's caption."""
+    prefix: str | None = None
+    """Words before every text that is read, which say what is asked of it ("vqa:") and which nothing hides or predicts;
+    a text that is written has none."""
+    answer: str | None = None
+    """Field of what is written for a text, by objective lm with view lm:answer: a text, or several or scores by text,
+    of which one is drawn; `match`: true or false, by whether `pairing` left the pair true."""
     edits: EditConfig = Field(default_factory=EditConfig)
     """How words are changed in the text view "edited", where an objective reads it (multiview_itc)."""
     whole_region: bool = False
@@ -114,7 +120,7 @@ class DataConfig(Config):
                 f"data.sources.{source}.train names the data of data.train, of which data.split {self.split:g} holds "
                 "out a part for validation; name validation data with --data.val"
             )
-        plain = {"texts_per_image": 1, "pairing": None, "alternates": None, "alternate_share": 0.0, "group": None}
+        plain = {"texts_per_image": 1, "alternates": None, "alternate_share": 0.0, "group": None}
         without: dict[str, Any] = {"val": None, "split": None, "sources": {}}
         own = {name: getattr(given, name) for name in SourceConfig.model_fields}
         return self.model_copy(update=own | plain | without)

@@ -18,6 +18,7 @@ from objectives.base import Draw
 from vlp.config import Config
 from vlp.data.batch import stable_hash
 from vlp.data.order import batch_positions
+from vlp.data.pairing import PairingConfig
 
 MAIN = "main"
 """The source that data.train is."""
@@ -49,6 +50,12 @@ class SourceConfig(Config):
     """Column, member or field of the texts; none = guessed."""
     root: str | None = None
     """Folder that the image paths of tables are relative to; none = the table's own."""
+    prefix: str | None = None
+    """As data.prefix, of this source alone."""
+    answer: str | None = None
+    """As data.answer, of this source alone."""
+    pairing: PairingConfig | None = None
+    """As data.pairing, of this source alone."""
     hash: str | None = None
     """Fingerprint that the data must have; written when a run starts."""
 
