@@ -19,7 +19,6 @@ from torch import Tensor
 
 from encoders.types import AttentionKind, Batch, Vocabulary
 from objectives.base import (
-    AGAIN,
     EDITED,
     MAIN,
     Draw,
@@ -44,9 +43,9 @@ TextViews: TypeAlias = tuple[Literal["clean", "masked", "edited"], ...]
 class MultiviewSettings(ObjectiveSettings):
     """Which views of the pairs are compared."""
 
-    images: ImageViews = Field(("clean", AGAIN), min_length=1)
+    images: ImageViews = Field(("clean", "again"), min_length=1)
     """Views of the images: `clean`, and `again`, another augmentation."""
-    texts: TextViews = Field(("clean", EDITED), min_length=1)
+    texts: TextViews = Field(("clean", "edited"), min_length=1)
     """Views of the texts: `clean`, `masked` as mlm masks them, and `edited`, with words changed by `data.edits`."""
     positives: Positives = "id_or_caption"
     """Which pairs count as true: each text's own image; also images of equal id; also captions of equal words."""

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from encoders.types import AttentionKind, Batch, Images, Regions, Texts
 from objectives.base import AGAIN, Draw, ImageView, View, ViewText, draws_of
+from objectives.spans import SpannedView
 from vlp.data.asking import prefix_ids, put_before
 from vlp.data.pairing import encode_segments
 from vlp.data.regions import RegionArrays, RegionLayout, region_views
+from vlp.data.spans import CharSpan, token_spans
 from vlp.data.tokenizer import Tokenizer
 
 _MULTIPLE = 8  # lengths are rounded up to it: few shapes for the compiler, and sizes that tensor cores like
@@ -43,6 +45,8 @@ class Example:
     """What follows the text as its second segment."""
     prefix: str | None = None
     """Words before the text wherever it is read and not written; no view hides or predicts them."""
+    spans: tuple[CharSpan, ...] = ()
+    """Spans of the text that views may mask."""
     regions: RegionArrays | None = None
     """What a detector saw of the image, in place of it."""
     targets: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
@@ -189,7 +193,12 @@ def _texts(
                 tokenizer.encode(example.other_texts[name], max_length) if name in example.other_texts else own
             )
             key = numbered(draws_of(name, view), number)
-            made.append(view.make(ids, starts, vocabulary, draw.sample(key, position)))
+            given = (ids, starts, vocabulary, draw.sample(key, position))
+            if isinstance(view, SpannedView):
+                spans = token_spans(tokenizer, example.text or "", example.spans, max_length)
+                made.append(view.make_spanned(*given, spans))
+            else:
+                made.append(view.make(*given))
         if view.attention != "causal":
             made = [put_before(text, ids, begins) for text, ids in zip(made, before, strict=True)]
         texts[name] = pad_texts(made, view.attention, vocabulary.pad, max_length)

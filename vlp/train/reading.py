@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from encoders.region import RegionEncoder
-from objectives.base import AGAIN, Objective
+from objectives.base import AGAIN, Objective, View
 from objectives.collectives import rank, world_size
 from objectives.mrm import Mrm
+from objectives.spans import SpannedView
 from vlp.data.fetch import Fetch, Prepare, image_example, pair_example
-from vlp.data.loader import Loader
+from vlp.data.loader import DataConfig, Loader
 from vlp.data.regions import NAMES, RegionLayout
 from vlp.data.sources import MAIN, Only, lacking, source_seed
 from vlp.data.transforms import TrainTransform
@@ -55,6 +56,7 @@ def open_loader(parts: Parts, prepare: Prepare) -> Loader:
     if sources and config.sample:
         raise ValueError("train.sample draws the objectives, and data.sources the data of a step; set one of the two")
     wanted = {name: _wanted(parts.model, objectives, main.whole_region) for name, objectives in trains.items()}
+    check_spans(wanted[MAIN]["views"], main)
     fetches = {
         name: Fetch(
             reader,
@@ -82,6 +84,16 @@ def open_loader(parts: Parts, prepare: Prepare) -> Loader:
         sources=fetches,
         **wanted[MAIN],
     )
+
+
+def check_spans(views: Mapping[str, View], data: DataConfig) -> None:
+    """Raise ValueError if a view masks spans that the data do not name."""
+    kinds = sorted({kind for view in views.values() if isinstance(view, SpannedView) for kind, _ in view.shares})
+    if kinds and data.spans is None:
+        raise ValueError(
+            f"objectives.mlm.spans masks spans of kinds {kinds}, but data.spans names no field that has them; set it, "
+            "or leave out objectives.mlm.spans"
+        )
 
 
 def trained_by(model: Model, sources: Mapping[str, Only]) -> dict[str, dict[str, Objective]]:
