@@ -24,7 +24,7 @@ from objectives.collectives import gather_no_grad, rank, world_size
 from objectives.itm import Itm
 from objectives.rank import Rank
 from vlp.data.batch import pad_texts
-from vlp.data.loader import DataConfig
+from vlp.data.loader import DataConfig, leave_signals
 from vlp.data.order import rank_slice
 from vlp.data.reader import BadSample, Reader, decode_sample
 from vlp.data.tokenizer import Tokenizer
@@ -33,6 +33,9 @@ from vlp.model import Model
 
 Matcher: TypeAlias = Itm | Rank
 """A head that scores fused pairs."""
+
+FEW = 64
+"""Images of a worker below which starting it takes longer than it saves."""
 
 _PAIRS = Fuse(rows="pairs")
 
@@ -97,12 +100,13 @@ class Gallery:
 
     def images(self, blocks: Sequence[Sequence[int]]) -> Iterator[list[Tensor | BadSample]]:
         """Yield the pixels of each block of images."""
-        workers = self.workers if len(blocks) > self.workers else 0
+        enough = len(blocks) > self.workers and sum(map(len, blocks)) >= FEW * self.workers
         yield from DataLoader(
             self.pixels,
             batch_sampler=blocks,  # type: ignore[arg-type]
-            num_workers=workers,
+            num_workers=self.workers if enough else 0,
             collate_fn=list,
+            worker_init_fn=leave_signals,
             generator=torch.Generator(),  # torch would draw from the global one, which a training run may be using
         )
 

@@ -55,7 +55,9 @@ def _gather(x: Tensor, sizes: Sequence[int] | None) -> Tensor:
     if x.shape[0] < longest:
         x = torch.cat([x, x.new_zeros(longest - x.shape[0], *x.shape[1:])])
     out = x.new_empty(world_size() * longest, *x.shape[1:])
-    dist.all_gather_into_tensor(out, x)
+    # Newer torches warn of the older name, which is all that torch 2.9 has.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, x)
     if sizes is None:
         return out
     return torch.cat([out[r * longest : r * longest + n] for r, n in enumerate(sizes)])

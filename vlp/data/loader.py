@@ -147,7 +147,7 @@ def _same(fetched: Any) -> Any:
     return fetched
 
 
-def _leave_signals(worker: int) -> None:
+def leave_signals(worker: int) -> None:
     """Ignore what ends a whole process group (ctrl-C, `timeout`, Slurm): the training process saves, and ends us."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -319,7 +319,7 @@ class Loader:
             sampler=slots,
             collate_fn=_same,
             num_workers=self._config.workers,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # torch would draw from the global one, which a resumed run could not repeat
         )

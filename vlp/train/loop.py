@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,10 +208,12 @@ def wrap(model: nn.Module, config: TrainConfig, device: torch.device, leaves_out
         return model
     # Buffers are constants, or equal on all ranks because what fills them is gathered: there is nothing to broadcast.
     device_ids = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        model,
-        device_ids=device_ids,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        find_unused_parameters=leaves_out,
-    )
+    with warnings.catch_warnings():  # newer torches have another name for it, under which they broadcast once
+        warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=device_ids,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=leaves_out,
+        )
