@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from downstream.writing import fused_writer
 from encoders.types import Batch, Tokens
 from objectives.answer import Answer
 from objectives.base import Fuse
-from objectives.lm import Lm
 from vlp.generate import GenerationConfig, generate_text, room_of
 from vlp.model import Model
 from vlp.passes import memory_of
@@ -30,15 +30,6 @@ PAIRS = 4096
 def answer_head(model: Model) -> Answer | None:
     """Return the objective with the answer list."""
     return next((one for one in model.objectives.values() if isinstance(one, Answer)), None)
-
-
-def answer_writer(model: Model) -> str | None:
-    """Return the name of the objective that writes answers."""
-    if model.decoder is None:
-        return None
-    return next(
-        (n for n, one in model.objectives.items() if isinstance(one, Lm) and one.config.memory == "fused"), None
-    )
 
 
 class Answerer:
@@ -64,7 +55,7 @@ class Answerer:
         self.answers, self.k = answers, min(k, len(answers))
         if head == "ranked":
             length = parts.run.data.max_length
-            self.texts = answer_texts(self.model, parts.tokenizer, answers, length, objective=answer_writer(self.model))
+            self.texts = answer_texts(self.model, parts.tokenizer, answers, length, objective=fused_writer(self.model))
 
     def __call__(self, batch: Batch) -> list[tuple[str, float]]:
         """Return an answer to each question and how probable it is, among the list's or the K, or by its words."""
@@ -85,7 +76,7 @@ class Answerer:
             memory,
             self.tokenizer.vocabulary,
             self.generation.model_copy(update={"max_length": length}),
-            objective=answer_writer(self.model),
+            objective=fused_writer(self.model),
         )
         return [(self.tokenizer.decode(each), s) for each, s in zip(ids, scores.exp().tolist(), strict=True)]
 
@@ -97,7 +88,7 @@ class Answerer:
             rows = slice(start, start + size)
             keep = None if memory.keep is None else memory.keep[rows]
             some = Tokens(memory.states[rows], keep, memory.pooled[rows])
-            best, scores = rank_answers(self.model, some, self.texts, self.k, objective=answer_writer(self.model))
+            best, scores = rank_answers(self.model, some, self.texts, self.k, objective=fused_writer(self.model))
             shares = share_probability(scores)[:, 0].tolist()
             found += [(self.answers[n], share) for n, share in zip(best[:, 0].tolist(), shares, strict=True)]
         return found

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from downstream.metrics.vqa import normalize_answer, soft_targets, vqa_accuracy
+from downstream.task import only_text
 from vlp.data.batch import Example
 from vlp.data.reader import BadSample, Sample
 
@@ -111,7 +112,7 @@ class VqaPrepare:
         truth = read_truth(sample, self.field, self.exact)
         if truth is None:
             raise BadSample(sample.key, f"no answer; its fields are {', '.join(sorted(sample.fields)) or 'none'}")
-        question = sample.texts[0]
+        question = only_text(sample)
         if self.index is None:
             answers, scores = list(truth.scores), np.array(list(truth.scores.values()))
             if not scores.sum() > 0:

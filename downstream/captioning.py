@@ -27,14 +27,15 @@ from downstream.task import (
     Result,
     TaskConfig,
     batches,
-    decoder_beside,
     evaluating,
     gather,
     gather_bad,
     my_share,
     no_labels,
     read_samples,
+    seen_samples,
 )
+from downstream.writing import decoder_beside
 from encoders import TextConfig
 from encoders.types import Batch
 from objectives import LmConfig, ObjectiveConfig, Seq2SeqMlmConfig
@@ -179,7 +180,7 @@ class CaptioningConfig(TaskConfig):
             first.setdefault(one.image, one.index)
             references.setdefault(one.image, []).extend(one.sample.texts)
         mine = list(first.values())[my_share(len(first))]
-        rows = gather(list(self._captions(parts, read_samples(reader, parts.run.data, bad, indices=mine, texts=False))))
+        rows = gather(list(self._captions(parts, seen_samples(parts, reader, bad, indices=mine, texts=False))))
         bad = gather_bad(bad)
         if not rows:
             raise ValueError(no_labels("val", len(reader), bad))
@@ -247,7 +248,7 @@ class CaptioningConfig(TaskConfig):
     def predict(self, parts: Parts, reader: Reader) -> Iterator[dict[str, Any]]:
         """Yield key, image, caption and its score (log-probability over length) for each sample."""
         bad: dict[str, str] = {}
-        yield from self._captions(parts, read_samples(reader, parts.run.data, bad, texts=False))
+        yield from self._captions(parts, seen_samples(parts, reader, bad, texts=False))
         for key, reason in bad.items():
             logger.warning("%s: no caption, %s", key, reason)
 

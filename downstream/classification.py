@@ -30,6 +30,7 @@ from downstream.task import (
     my_share,
     no_labels,
     read_samples,
+    seen_samples,
 )
 from encoders.types import Batch
 from objectives import ObjectiveConfig
@@ -227,7 +228,7 @@ class ClassificationConfig(TaskConfig):
         bad: dict[str, str] = {}
         classes, score, notes = self.scorer(parts, reader, survey)
         mine = range(len(reader))[my_share(len(reader))]
-        samples = read_samples(reader, parts.run.data, bad, indices=mine, texts=False)
+        samples = seen_samples(parts, reader, bad, indices=mine, texts=False)
         found = []
         for one, row, scores in self._scored(parts, classes, score, self._known(samples, classes, bad)):
             number = classes.of(one.sample.key, need_label(one.sample, self.label))
@@ -251,7 +252,7 @@ class ClassificationConfig(TaskConfig):
         """Yield key, image, the best class and its probability, and the five best, for each image."""
         bad: dict[str, str] = {}
         classes, score, _ = self.scorer(parts, reader, None)
-        samples = read_samples(reader, parts.run.data, bad, texts=False)
+        samples = seen_samples(parts, reader, bad, texts=False)
         yield from (row for _, row, _ in self._scored(parts, classes, score, samples))
         for key, reason in bad.items():
             logger.warning("%s: no class, %s", key, reason)

@@ -28,7 +28,6 @@ from downstream.task import (
     R,
     Result,
     TaskConfig,
-    decoder_beside,
     evaluating,
     gather,
     gather_bad,
@@ -37,12 +36,14 @@ from downstream.task import (
     my_share,
     no_labels,
     read_samples,
+    seen_samples,
 )
+from downstream.writing import fused_writer, writing
 from encoders.types import Texts, Tokens
 from objectives import ItmConfig, LmConfig, ObjectiveConfig
 from objectives.base import Draw, Fuse, Rows, ViewText
 from objectives.itm import Itm
-from objectives.lm import Lm, text_losses
+from objectives.lm import text_losses
 from objectives.rank import Rank
 from vlp.config import build
 from vlp.data.batch import Example, pad_texts
@@ -114,7 +115,7 @@ class DialogueConfig(TaskConfig):
         bad: dict[str, str] = {}
         answers: Counter[str] = Counter()
         by_question: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        for _, one in self._rounds(read_samples(reader, data, bad, images=False), bad):
+        for _, one in self._rounds(read_samples(reader, data, bad, images=False, several=False), bad):
             if one.answer is not None:
                 answers[_same(one.options[one.answer])] += 1
                 by_question[_same(one.question)][_same(one.options[one.answer])] += 1
@@ -126,10 +127,7 @@ class DialogueConfig(TaskConfig):
         """Train matching of true and false answers, or writing of the true one."""
         objectives, model = dict(run.objectives), run.model
         if self.generative:
-            lm = objectives.get("lm", LmConfig())
-            objectives["lm"] = lm.model_copy(update={"memory": "fused", "view": WRITTEN})
-            decoder = model.decoder or decoder_beside(model)
-            model = model.model_copy(update={"decoder": decoder.model_copy(update={"memory": "text"})})
+            model, objectives = writing(model, objectives, WRITTEN)
         else:
             known = next((one for one in pretrained.values() if isinstance(one, ItmConfig)), ItmConfig())
             stated = objectives.get("itm", known)
@@ -157,7 +155,7 @@ class DialogueConfig(TaskConfig):
         """
         bad: dict[str, str] = {}
         mine = range(len(reader))[my_share(len(reader))]
-        samples = self._rounds(read_samples(reader, parts.run.data, bad, indices=mine), bad, options=True)
+        samples = self._rounds(seen_samples(parts, reader, bad, several=False, indices=mine), bad, options=True)
         found = gather(list(self._ranked(parts, samples)))
         bad = gather_bad(bad)
         if not any(one.answer is not None for _, one in found):
@@ -190,10 +188,10 @@ class DialogueConfig(TaskConfig):
     def predict(self, parts: Parts, reader: Reader) -> Iterator[dict[str, Any]]:
         """Yield key, image, question, and the best candidate with all ranks; or the written answer without any."""
         bad: dict[str, str] = {}
-        for one, asked in self._rounds(read_samples(reader, parts.run.data, bad), bad):
+        for one, asked in self._rounds(seen_samples(parts, reader, bad, several=False), bad):
             if asked.options:
                 yield from (row for row, _ in self._ranked(parts, iter([(one, asked)])))
-            elif (writer := _writer(parts.model)) is None:
+            elif (writer := fused_writer(parts.model)) is None:
                 bad[one.sample.key] = "no options to rank, and the model cannot write"
             else:
                 yield self._row(one, asked) | {"best": self._write(parts, one, asked, writer)}
@@ -216,7 +214,9 @@ class DialogueConfig(TaskConfig):
 
     def _ranker(self, model: Model) -> str | None:
         """What ranks: matching or writing."""
-        can = [name for name, one in (("matching", _matcher(model)), ("writing", _writer(model))) if one is not None]
+        can = [
+            name for name, one in (("matching", _matcher(model)), ("writing", fused_writer(model))) if one is not None
+        ]
         if self.by != "auto":
             return self.by if self.by in can else None
         return "writing" if self.generative and "writing" in can else next(iter(can), None)
@@ -262,7 +262,7 @@ class DialogueConfig(TaskConfig):
         for one, asked in group:
             first.setdefault(one.image, (one, asked))
         place = {image: number for number, image in enumerate(first)}
-        batch = make_batch(parts, [Example(one.sample.key, one.sample.images, "") for one, _ in first.values()])
+        batch = make_batch(parts, [one.shown("") for one, _ in first.values()])
         texts = [with_candidate(asked, option, self.history) for _, asked in group for option in asked.options]
         image = [place[one.image] for one, asked in group for _ in asked.options]
         found = []
@@ -279,7 +279,7 @@ class DialogueConfig(TaskConfig):
 
     def _likelihoods(self, parts: Parts, group: list[Asked]) -> list[Tensor]:
         """Log-probabilities [A] of each question's candidates; image, question and history are fused once."""
-        name = _writer(parts.model)
+        name = fused_writer(parts.model)
         assert name is not None
         memory, found = self._memory(parts, group), []
         for row, (_, asked) in enumerate(group):
@@ -294,7 +294,7 @@ class DialogueConfig(TaskConfig):
     def _memory(self, parts: Parts, group: Sequence[Asked]) -> Tokens:
         """What the decoder reads of each question."""
         assert parts.model.decoder is not None
-        examples = [Example(one.sample.key, one.sample.images, context(asked, self.history)) for one, asked in group]
+        examples = [one.shown(context(asked, self.history)) for one, asked in group]
         fused = parts.model.run([Fuse()], make_batch(parts, examples))[Fuse()]
         return memory_of(fused, parts.model.decoder.config.memory)
 
@@ -370,14 +370,6 @@ def _matcher(model: Model) -> Itm | Rank | None:
     if model.fusion is None:
         return None
     return next((one for one in model.objectives.values() if isinstance(one, Itm | Rank)), None)
-
-
-def _writer(model: Model) -> str | None:
-    if model.decoder is None:
-        return None
-    return next(
-        (n for n, one in model.objectives.items() if isinstance(one, Lm) and one.config.memory == "fused"), None
-    )
 
 
 def _same(text: str) -> str:

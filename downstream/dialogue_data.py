@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from downstream.task import only_text
 from vlp.data.reader import BadSample, Sample
 
 CARRIED = ("image_id", "round_id", "split")
@@ -52,7 +53,7 @@ def read_round(sample: Sample) -> Round:
     if chosen is not None and not 0 <= chosen < len(options):
         raise BadSample(key, f"answer_index {chosen} is none of its {len(options)} options")
     pairs = tuple((str(question), str(reply)) for question, reply in history)
-    return Round(sample.texts[0], str(fields.get("caption") or ""), pairs, tuple(options), chosen, dense)
+    return Round(only_text(sample), str(fields.get("caption") or ""), pairs, tuple(options), chosen, dense)
 
 
 def _list(key: str, fields: Mapping[str, Any], name: str) -> list[Any]:

@@ -27,7 +27,7 @@ from downstream.classification import (
     read_classes,
     survey_labels,
 )
-from downstream.task import batches, evaluating, gather, gather_bad, my_share, no_labels, read_samples
+from downstream.task import batches, evaluating, gather, gather_bad, my_share, no_labels, seen_samples
 from encoders.types import Batch, Tokens
 from objectives.base import Embed, Encode
 from vlp.data.batch import stable_hash
@@ -171,7 +171,7 @@ class LinearProbeConfig(ClassificationConfig):
         """Features [n, D], labels [n] and image names of the training data, over all ranks."""
         bad: dict[str, str] = {}
         mine = range(len(reader))[my_share(len(reader))]
-        samples = self._known(read_samples(reader, data, bad, indices=mine, texts=False), classes, bad)
+        samples = self._known(seen_samples(parts, reader, bad, indices=mine, texts=False), classes, bad)
         parts_of_features, found = [], []
         for group, batch in batches(parts, samples, self.batch):
             with evaluating(parts.model):

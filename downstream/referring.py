@@ -46,6 +46,7 @@ from downstream.task import (
     my_share,
     no_labels,
     read_samples,
+    seen_samples,
 )
 from encoders import RegionConfig
 from encoders.types import Batch
@@ -166,7 +167,7 @@ class ReferringConfig(TaskConfig):
         bad: dict[str, str] = {}
         mine = range(len(reader))[my_share(len(reader))]
         images = not reads_regions(parts.model)
-        samples = self._truths(read_samples(reader, parts.run.data, bad, indices=mine, images=images), bad)
+        samples = self._truths(seen_samples(parts, reader, bad, indices=mine, images=images), bad)
         results = gather(list(self._located(parts, samples, bad)))
         bad = gather_bad(bad)
         if not results:
@@ -184,7 +185,7 @@ class ReferringConfig(TaskConfig):
         """Yield key, image, text and box for each expression; a chosen box also with the regions' scores."""
         bad: dict[str, str] = {}
         images = not reads_regions(parts.model)
-        samples = self._truths(read_samples(reader, parts.run.data, bad, images=images), bad, labelled=False)
+        samples = self._truths(seen_samples(parts, reader, bad, images=images), bad, labelled=False)
         yield from (row for row, _ in self._located(parts, samples, bad))
         for key, reason in bad.items():
             logger.warning("%s: no box, %s", key, reason)
@@ -201,7 +202,7 @@ class ReferringConfig(TaskConfig):
             except BadSample as error:
                 bad[error.key] = error.reason
             else:
-                yield one, truth
+                yield from ((each, truth) for each in _each_text(one))
 
     def _located(self, parts: Parts, samples: Iterator[Asked], bad: dict[str, str]) -> Iterator[tuple[dict, Truth]]:
         """Row and truth of each expression, in order."""
@@ -303,6 +304,16 @@ def box_head(model: Model) -> BoxObjective | None:
 def reads_regions(model: Model) -> bool:
     """Return whether a model reads a detector's arrays instead of pixels."""
     return isinstance(model.config.vision, RegionConfig)
+
+
+def _each_text(one: EvalSample) -> Iterator[EvalSample]:
+    """A sample for each of its expressions, numbered where there are several."""
+    sample = one.sample
+    if len(sample.texts) < 2:
+        yield one
+        return
+    for number, text in enumerate(sample.texts):
+        yield replace(one, sample=replace(sample, key=f"{sample.key}/{number}", texts=(text,)))
 
 
 def _run_box(model: Model, head: BoxObjective, batch: Batch) -> Tensor:

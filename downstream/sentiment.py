@@ -25,7 +25,9 @@ from downstream.task import (
     evaluating,
     labelled_rows,
     no_labels,
+    only_text,
     read_samples,
+    seen_samples,
 )
 from encoders.types import Batch
 from objectives import ObjectiveConfig, RegressConfig
@@ -70,7 +72,9 @@ class SentimentConfig(TaskConfig):
     def survey(self, reader: Reader, data: DataConfig) -> SentimentSurvey:
         """Take the mean of the training data."""
         bad: dict[str, str] = {}
-        values = [value for _, value in self._labelled(read_samples(reader, data, bad, images=False), bad)]
+        values = [
+            value for _, value in self._labelled(read_samples(reader, data, bad, images=False, several=False), bad)
+        ]
         if not values:
             raise ValueError(no_labels("train", len(reader), bad, "--task.label"))
         return SentimentSurvey(sum(values) / len(values), len(values))
@@ -116,7 +120,7 @@ class SentimentConfig(TaskConfig):
     def predict(self, parts: Parts, reader: Reader) -> Iterator[dict[str, Any]]:
         """Yield key, text and the number for each sample."""
         bad: dict[str, str] = {}
-        yield from self._rows(parts, read_samples(reader, parts.run.data, bad))
+        yield from self._rows(parts, seen_samples(parts, reader, bad, several=False))
         for key, reason in bad.items():
             logger.warning("%s: no number, %s", key, reason)
 
@@ -186,10 +190,9 @@ class SentimentPrepare:
         Raises:
             BadSample: no text, or no number.
         """
-        if not sample.texts:
-            raise BadSample(sample.key, "no text, or an empty one")
+        text = only_text(sample)
         value = np.float32(self.task.read_value(sample))
-        return Example(sample.key, sample.images, sample.texts[0], targets={"value": value})  # type: ignore[dict-item]
+        return Example(sample.key, sample.images, text, targets={"value": value})  # type: ignore[dict-item]
 
 
 def _head(model: Model) -> Regress | None:

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 
-from encoders import RegionConfig, TextConfig
-from encoders.text import BesideConfig
+from encoders import RegionConfig
 from encoders.types import Batch, Images, Regions
 from objectives import ObjectiveConfig
 from objectives.collectives import rank, world_size
@@ -28,11 +27,10 @@ from vlp.data.group import without_images
 from vlp.data.loader import DataConfig
 from vlp.data.order import rank_slice
 from vlp.data.reader import BadSample, Reader, Sample, decode_sample
-from vlp.data.regions import RegionLayout, read_regions
+from vlp.data.regions import RegionArrays, RegionLayout, read_regions
 from vlp.data.table import IMAGE_COLUMNS
 from vlp.data.transforms import EvalTransform, pad_images
-from vlp.decoder import DecoderConfig
-from vlp.model import Model, ModelConfig
+from vlp.model import Model
 
 if TYPE_CHECKING:
     from vlp.run import Parts, RunConfig
@@ -152,6 +150,13 @@ class EvalSample:
     """Its number in the reader."""
     image: str
     """Equal for samples of one source that show the same image."""
+    regions: RegionArrays | None = None
+    """What a detector saw of the image, where the model reads that in its place."""
+
+    def shown(self, text: str, *, second: str | None = None, image_id: int | None = None) -> Example:
+        """Return the sample's image, or what a detector saw of it, with a text."""
+        images = self.sample.images if self.regions is None else ()
+        return Example(self.sample.key, images, text, second=second, regions=self.regions, image_id=image_id)
 
 
 def read_samples(
@@ -161,7 +166,9 @@ def read_samples(
     *,
     images: bool = True,
     texts: bool = True,
+    several: bool = True,
     indices: Sequence[int] | None = None,
+    see: Callable[[Sample], RegionArrays] | None = None,
 ) -> Iterator[EvalSample]:
     """Yield the reader's samples in order; those that cannot be used are noted in ``bad``.
 
@@ -171,7 +178,9 @@ def read_samples(
         bad: key -> reason, filled.
         images: decode images (else they are neither needed nor touched).
         texts: a sample without text is bad.
+        several: a sample may have several texts; else such a one is bad.
         indices: only these.
+        see: gives what a detector saw of a sample's image; raises BadSample.
     """
     for index in range(len(reader)) if indices is None else indices:
         try:
@@ -185,10 +194,43 @@ def read_samples(
                 need_image=images and not regions,
                 need_text=texts,
             )
+            if not several:
+                only_text(sample)
+            seen = None if see is None else see(sample)
         except BadSample as error:
             bad[error.key] = error.reason
             continue
-        yield EvalSample(sample, index, f"{raw.source}:{image_key(sample, data)}")
+        yield EvalSample(sample, index, f"{raw.source}:{image_key(sample, data)}", seen)
+
+
+def seen_samples(parts: Parts, reader: Reader, bad: dict[str, str], **how: Any) -> Iterator[EvalSample]:
+    """Yield the samples of ``read_samples`` as the model sees them: with a detector's regions where it reads these.
+
+    Arrays that are missing, broken or of another width are noted in ``bad`` as images that cannot be read are.
+    """
+    layout, vision = _layout(parts), parts.model.config.vision
+
+    def see(sample: Sample) -> RegionArrays:
+        assert layout is not None and isinstance(vision, RegionConfig)
+        found = read_regions(sample.key, sample.fields, layout)
+        if (width := found.features.shape[1]) != vision.features:
+            raise BadSample(sample.key, f"features of its regions are {width} wide, the model reads {vision.features}")
+        return found
+
+    return read_samples(reader, parts.run.data, bad, see=None if layout is None else see, **how)
+
+
+def only_text(sample: Sample) -> str:
+    """Return a sample's text, where a task reads one of each.
+
+    Raises:
+        BadSample: it has none, or several, of which the others would go unread.
+    """
+    if not sample.texts:
+        raise BadSample(sample.key, "no text, or an empty one")
+    if len(sample.texts) > 1:
+        raise BadSample(sample.key, f"{len(sample.texts)} texts, of which one is read; give each a sample of its own")
+    return sample.texts[0]
 
 
 def image_key(sample: Sample, data: DataConfig) -> str:
@@ -206,22 +248,8 @@ def batches(parts: Parts, samples: Iterator[EvalSample], size: int) -> Iterator[
     A sample without text gets an empty one.
     """
     for group in groups(samples, size):
-        examples = [
-            seen_by(parts, one, Example(one.key, one.images, (one.texts or ("",))[0], image_id=number))
-            for number, one in enumerate(each.sample for each in group)
-        ]
+        examples = [one.shown((one.sample.texts or ("",))[0], image_id=number) for number, one in enumerate(group)]
         yield group, make_batch(parts, examples)
-
-
-def seen_by(parts: Parts, sample: Sample, example: Example) -> Example:
-    """Return the example with what a detector saw of the sample's image, where the model reads that in its place.
-
-    Raises:
-        BadSample: there are no such arrays.
-    """
-    if (layout := _layout(parts)) is None:
-        return example
-    return replace(example, images=(), regions=read_regions(sample.key, sample.fields, layout))
 
 
 def _layout(parts: Parts) -> RegionLayout | None:
@@ -269,22 +297,6 @@ def blanked(batch: Batch) -> Batch:
     return replace(batch, images=grey)
 
 
-def decoder_beside(model: ModelConfig) -> DecoderConfig:
-    """Return a new decoder of the text encoder's sizes, as deep as the fusion where that is a stack of the same width.
-
-    Raises:
-        ValueError: the text encoder is not of kind text, whose vocabulary and embeddings a decoder takes.
-    """
-    text, fusion = model.text, model.fusion
-    if not isinstance(text, TextConfig):
-        raise ValueError(
-            f"a decoder needs model.text.kind text, but the checkpoint has {text.kind}; pretrain with kind text"
-        )
-    if isinstance(fusion, BesideConfig) and fusion.width == text.width:
-        return DecoderConfig().beside(fusion.stack)
-    return DecoderConfig().beside(text)
-
-
 def groups(items: Iterator[T], size: int) -> Iterator[list[T]]:
     """Yield lists of ``size`` items, the last one shorter."""
     group: list[T] = []
@@ -309,6 +321,7 @@ def labelled_rows(
     labelled: Callable[[Iterator[EvalSample], dict[str, str]], Iterable[tuple[EvalSample, T]]],
     predict: Callable[[Iterator[EvalSample]], Iterable[dict[str, Any]]],
     option: str = "--task.answer",
+    several: bool = False,
 ) -> tuple[list[dict[str, Any]], list[T], dict[str, str]]:
     """Predict this rank's share of the labelled samples; return all ranks' rows, a label for each, and bad samples.
 
@@ -318,12 +331,14 @@ def labelled_rows(
         labelled: samples -> those that have a label, with it; the others are noted in what it is given.
         predict: samples -> one row for each, in order.
         option: flag that names the labels' field.
+        several: a sample may have several texts.
 
     Raises:
         ValueError: no sample can be used.
     """
     bad: dict[str, str] = {}
-    samples = read_samples(reader, parts.run.data, bad, indices=range(len(reader))[my_share(len(reader))])
+    mine = range(len(reader))[my_share(len(reader))]
+    samples = seen_samples(parts, reader, bad, several=several, indices=mine)
     labels: list[T] = []
 
     def remember() -> Iterator[EvalSample]:

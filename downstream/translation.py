@@ -25,16 +25,17 @@ from downstream.task import (
     TaskConfig,
     batches,
     blanked,
-    decoder_beside,
     evaluating,
     labelled_rows,
     no_labels,
+    only_text,
     read_samples,
+    seen_samples,
 )
+from downstream.writing import fused_writer, writing
 from encoders.types import Batch
-from objectives import LmConfig, ObjectiveConfig
+from objectives import ObjectiveConfig
 from objectives.base import Fuse
-from objectives.lm import Lm
 from vlp.config import build
 from vlp.data.batch import Example
 from vlp.data.fetch import Prepare
@@ -112,7 +113,7 @@ class TranslationConfig(TaskConfig):
         """
         need_sacrebleu()
         bad: dict[str, str] = {}
-        labelled = self._labelled(read_samples(reader, data, bad, images=False), bad)
+        labelled = self._labelled(read_samples(reader, data, bad, images=False, several=False), bad)
         counts = Counter(target for _, targets in labelled for target in targets)
         if not counts:
             raise ValueError(no_labels("train", len(reader), bad))
@@ -121,11 +122,7 @@ class TranslationConfig(TaskConfig):
 
     def adapt(self, run: R, pretrained: Mapping[str, ObjectiveConfig], survey: TranslationSurvey) -> R:
         """Train the decoder to write the translation from the fused source sentence."""
-        objectives, model = dict(run.objectives), run.model
-        lm = objectives.get("lm", LmConfig())
-        objectives["lm"] = lm.model_copy(update={"memory": "fused", "view": WRITTEN})
-        decoder = model.decoder or decoder_beside(model)
-        model = model.model_copy(update={"decoder": decoder.model_copy(update={"memory": "text"})})
+        model, objectives = writing(run.model, run.objectives, WRITTEN)
         return run.model_copy(update={"model": model, "objectives": objectives})
 
     def prepare(self, run: RunConfig) -> Prepare:
@@ -134,7 +131,7 @@ class TranslationConfig(TaskConfig):
 
     def lacks(self, model: Model) -> str | None:
         """Translating takes a decoder that reads the fused source sentence."""
-        return None if _writer(model) is not None else "a decoder over fused texts (objective lm, memory fused)"
+        return None if fused_writer(model) is not None else "a decoder over fused texts (objective lm, memory fused)"
 
     def evaluate(self, parts: Parts, reader: Reader, survey: TranslationSurvey | None = None) -> Result:
         """Return BLEU-4 of the corpus in 0..1, METEOR where it can be computed, and the share of exact matches.
@@ -164,7 +161,7 @@ class TranslationConfig(TaskConfig):
     def predict(self, parts: Parts, reader: Reader) -> Iterator[dict[str, Any]]:
         """Yield key, image, source, translation and its score (log-probability over length) for each sentence."""
         bad: dict[str, str] = {}
-        yield from self._translations(parts, read_samples(reader, parts.run.data, bad))
+        yield from self._translations(parts, seen_samples(parts, reader, bad, several=False))
         for key, reason in bad.items():
             logger.warning("%s: no translation, %s", key, reason)
 
@@ -203,7 +200,7 @@ class TranslationConfig(TaskConfig):
         assert model.decoder is not None
         memory = memory_of(model.run([Fuse()], batch)[Fuse()], model.decoder.config.memory)
         config = self.generation.model_copy(update={"max_length": min(self.generation.max_length, room_of(model))})
-        ids, scores = generate_text(model, memory, parts.tokenizer.vocabulary, config, objective=_writer(model))
+        ids, scores = generate_text(model, memory, parts.tokenizer.vocabulary, config, objective=fused_writer(model))
         return [(parts.tokenizer.decode(each), score) for each, score in zip(ids, scores.tolist(), strict=True)]
 
     def _score(
@@ -235,10 +232,10 @@ class TranslationPrepare:
             BadSample: no source sentence or no translation.
         """
         targets = read_targets(sample, self.target)
-        if not targets or not sample.texts:
-            raise BadSample(sample.key, f"no {self.target}" if sample.texts else "no source sentence")
+        if not targets:
+            raise BadSample(sample.key, f"no {self.target}")
         chosen = targets[int(generator.integers(len(targets)))]
-        return Example(sample.key, sample.images, sample.texts[0], {WRITTEN: chosen})
+        return Example(sample.key, sample.images, only_text(sample), {WRITTEN: chosen})
 
 
 def unwritable(tokenizer: Tokenizer, targets: Sequence[Sequence[str]]) -> float:
@@ -258,12 +255,3 @@ def _is_exact(translation: str, targets: Sequence[str]) -> bool:
 
 def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
-
-
-def _writer(model: Model) -> str | None:
-    """Name of the objective whose head writes from fused texts."""
-    if model.decoder is None:
-        return None
-    return next(
-        (n for n, one in model.objectives.items() if isinstance(one, Lm) and one.config.memory == "fused"), None
-    )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -28,8 +28,7 @@ from downstream.task import (
     groups,
     labelled_rows,
     make_batch,
-    read_samples,
-    seen_by,
+    seen_samples,
 )
 from encoders.types import Batch
 from objectives import ChooseConfig, ObjectiveConfig
@@ -93,7 +92,7 @@ class VcrConfig(TaskConfig):
         Floor: "chance", and "blank images" where asked for.
         """
         rows, labels, bad = labelled_rows(
-            parts, reader, self._labelled, lambda samples: self._rows(parts, samples), "--task.label"
+            parts, reader, self._labelled, lambda samples: self._rows(parts, samples), "--task.label", several=True
         )
         for row, label in zip(rows, labels, strict=True):
             correct = row["prediction"] == label
@@ -110,7 +109,7 @@ class VcrConfig(TaskConfig):
     def predict(self, parts: Parts, reader: Reader) -> Iterator[dict[str, Any]]:
         """Yield key, question, the number of the likeliest choice and the probability of each."""
         bad: dict[str, str] = {}
-        yield from self._rows(parts, self._whole(read_samples(reader, parts.run.data, bad), bad))
+        yield from self._rows(parts, self._whole(seen_samples(parts, reader, bad), bad))
         for key, reason in bad.items():
             logger.warning("%s: no choice, %s", key, reason)
 
@@ -201,7 +200,7 @@ class VcrConfig(TaskConfig):
         apart = two_segments(parts.run.model)
         for group in groups(samples, max(1, self.batch // self.choices)):
             examples = [
-                seen_by(parts, one.sample, with_choice(one.sample, self.question_of(one.sample), choice, apart))
+                with_choice(one, self.question_of(one.sample), choice, apart)
                 for one in group
                 for choice in one.sample.texts
             ]
@@ -241,16 +240,14 @@ class VcrPrepare:
         if len(choices) != self.task.choices or not all(choices):
             raise BadSample(sample.key, f"{len(choices)} choices, {self.task.choices} are wanted")
         choice = sample.texts[0]
-        right = np.float32(choice == choices[label])
-        example = with_choice(sample, question, choice, self.apart)
-        return Example(example.key, example.images, example.text, second=example.second, targets={"chosen": right})  # type: ignore[dict-item]
+        right = np.array(choice == choices[label], dtype=np.float32)
+        example = with_choice(EvalSample(sample, 0, ""), question, choice, self.apart)
+        return replace(example, targets={"chosen": right})
 
 
-def with_choice(sample: Sample, question: str, choice: str, apart: bool) -> Example:
+def with_choice(one: EvalSample, question: str, choice: str, apart: bool) -> Example:
     """Lay a choice behind its question: as second segment, or as one text."""
-    if apart:
-        return Example(sample.key, sample.images, question, second=choice)
-    return Example(sample.key, sample.images, f"{question} {choice}")
+    return one.shown(question, second=choice) if apart else one.shown(f"{question} {choice}")
 
 
 def two_segments(model: ModelConfig) -> bool:

@@ -27,7 +27,9 @@ from downstream.task import (
     evaluating,
     labelled_rows,
     no_labels,
+    only_text,
     read_samples,
+    seen_samples,
 )
 from encoders import RegionConfig
 from encoders.types import Batch
@@ -93,7 +95,9 @@ class VerdictConfig(TaskConfig):
     def survey(self, reader: Reader, data: DataConfig) -> VerdictSurvey:
         """Count the labels of the training data."""
         bad: dict[str, str] = {}
-        counts = Counter(label for _, label in self._labelled(read_samples(reader, data, bad, images=False), bad))
+        counts = Counter(
+            label for _, label in self._labelled(read_samples(reader, data, bad, images=False, several=False), bad)
+        )
         if not counts:
             raise ValueError(no_labels("train", len(reader), bad, "--task.label"))
         return VerdictSurvey(dict(counts))
@@ -103,10 +107,7 @@ class VerdictConfig(TaskConfig):
 
         A model that read one image a text is given the arrangement of its family for two, see :func:`show_two`.
         """
-        objectives = {
-            name: one.model_copy(update={"answers": self.labels}) if one.kind == "answer" and not one.answers else one
-            for name, one in run.objectives.items()
-        }
+        objectives = {name: self._stated(one) for name, one in run.objectives.items()}
         model = run.model.model_copy(update={"decoder": None})
         if not any(is_head(one, self.labels) for one in objectives.values()):
             kept = {name: one for name, one in pretrained.items() if is_head(one, self.labels)}
@@ -116,6 +117,12 @@ class VerdictConfig(TaskConfig):
         if self.images == 2 and images_of(model) == 1:
             model = show_two(model)
         return run.model_copy(update={"model": model, "objectives": objectives})
+
+    def _stated(self, one: ObjectiveConfig) -> ObjectiveConfig:
+        """An objective that the user stated: a head without answers has the labels, of which one is right."""
+        if not isinstance(one, AnswerConfig) or not (not one.answers or is_head(one, self.labels)):
+            return one
+        return one.model_copy(update={"answers": one.answers or self.labels, "loss": one.loss or "ce"})
 
     def prepare(self, run: RunConfig) -> Prepare:
         """Return the text with its images, and the label as a score of one."""
@@ -136,8 +143,12 @@ class VerdictConfig(TaskConfig):
         Floors: "majority" gives the most frequent training label to every sample; "blank images", where asked for, is
         the model on grey images.
         """
+
+        def usable(samples: Iterable[EvalSample], bad: dict[str, str]) -> Iterator[tuple[EvalSample, str]]:
+            return self._labelled(self._whole(parts, samples, bad), bad)
+
         rows, labels, bad = labelled_rows(
-            parts, reader, self._labelled, lambda samples: self._rows(parts, samples), "--task.label"
+            parts, reader, usable, lambda samples: self._rows(parts, samples), "--task.label"
         )
         for row, label in zip(rows, labels, strict=True):
             correct = row["prediction"] == label
@@ -157,7 +168,8 @@ class VerdictConfig(TaskConfig):
     def predict(self, parts: Parts, reader: Reader) -> Iterator[dict[str, Any]]:
         """Yield key, text, verdict and the probability of every label for each sample."""
         bad: dict[str, str] = {}
-        yield from self._rows(parts, read_samples(reader, parts.run.data, bad))
+        samples = self._whole(parts, seen_samples(parts, reader, bad, several=False), bad)
+        yield from self._rows(parts, samples)
         for key, reason in bad.items():
             logger.warning("%s: no verdict, %s", key, reason)
 
@@ -189,7 +201,7 @@ class VerdictConfig(TaskConfig):
             raise ValueError(
                 f"task {self.kind}: this model lacks {missing}; finetune it with vlp finetune {self.kind} first"
             )
-        for group, batch in batches(parts, self._seen(samples, parts), self.batch):
+        for group, batch in batches(parts, samples, self.batch):
             with evaluating(parts.model):
                 found = self.judge(parts.model, batch).tolist()
                 blank = self.judge(parts.model, blanked(batch)).tolist() if self.blank_images else found
@@ -203,20 +215,17 @@ class VerdictConfig(TaskConfig):
                     row["blank_prediction"] = self.labels[without.index(max(without))]
                 yield row
 
-    def _seen(self, samples: Iterator[EvalSample], parts: Parts) -> Iterator[EvalSample]:
-        """The samples, each with as many images as a text has here.
-
-        Raises:
-            ValueError: one has another number.
-        """
+    def _whole(self, parts: Parts, samples: Iterable[EvalSample], bad: dict[str, str]) -> Iterator[EvalSample]:
+        """The samples that have as many images as a text has here."""
         regions = isinstance(parts.model.config.vision, RegionConfig) and self.images == 1
         for one in samples:
-            if not regions and (number := len(one.sample.images)) != self.images:
-                raise ValueError(
-                    f"data: sample '{one.sample.key}' has {number} images, task {self.kind} wants "
-                    f"{WORDS[self.images]}; name their columns or members with --data.image"
+            number = self.images if regions else len(one.sample.images)
+            if number == self.images:
+                yield one
+            else:
+                bad[one.sample.key] = (
+                    f"{number} images, {WORDS[self.images]} are wanted; name their columns or members with --data.image"
                 )
-            yield one
 
     def judge(self, model: Model, batch: Batch) -> Tensor:
         """Texts with their images -> the probability of each label [B, A], in the order of ``labels``."""
@@ -241,13 +250,12 @@ class VerdictPrepare:
             BadSample: no text, no label, or another number of images.
         """
         label = self.task.read_label(sample)
-        if not sample.texts:
-            raise BadSample(sample.key, "no text, or an empty one")
+        text = only_text(sample)
         if sample.images and len(sample.images) != self.task.images:
             raise BadSample(sample.key, f"{len(sample.images)} images, {WORDS[self.task.images]} are wanted")
         target = np.zeros(len(self.index), dtype=np.float32)
         target[self.index[same(label)]] = 1
-        return Example(sample.key, sample.images, sample.texts[0], targets={"answer_scores": target})
+        return Example(sample.key, sample.images, text, targets={"answer_scores": target})
 
 
 def same(label: str) -> str:

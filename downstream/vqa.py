@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from downstream.answering import Answerer, Head, answer_head, answer_writer
+from downstream.answering import Answerer, Head, answer_head
 from downstream.answers import WRITTEN, Truth, VqaPrepare, VqaSurvey, read_answer_list, read_truth, same_question
 from downstream.convert.files import object_in
 from downstream.metrics.gqa import GqaQuestion, gqa_metrics
@@ -27,12 +27,13 @@ from downstream.task import (
     TaskConfig,
     batches,
     blanked,
-    decoder_beside,
     evaluating,
     labelled_rows,
     no_labels,
     read_samples,
+    seen_samples,
 )
+from downstream.writing import fused_writer, writing
 from objectives import AnswerConfig, LmConfig, ObjectiveConfig
 from vlp.config import build
 from vlp.data.fetch import Prepare
@@ -97,7 +98,7 @@ class VqaConfig(TaskConfig):
         by_question: defaultdict[str, Counter[str]] = defaultdict(Counter)
         bad: dict[str, str] = {}
         samples = 0
-        for one, truth in self._labelled(read_samples(reader, data, bad, images=False), bad):
+        for one, truth in self._labelled(read_samples(reader, data, bad, images=False, several=False), bad):
             samples += 1
             overall.update(truth.scores)
             by_question[same_question(one.sample.texts[0])].update(truth.scores)
@@ -136,10 +137,7 @@ class VqaConfig(TaskConfig):
         """Replace the pretraining objectives by an answer head or decoder; a fitting head of the checkpoint stays."""
         objectives, model = dict(run.objectives), run.model
         if self.head in ("open", "ranked"):
-            lm = objectives.get("lm", LmConfig())
-            objectives["lm"] = lm.model_copy(update={"memory": "fused", "view": WRITTEN})
-            decoder = model.decoder or decoder_beside(model)
-            model = model.model_copy(update={"decoder": decoder.model_copy(update={"memory": "text"})})
+            model, objectives = writing(model, objectives, WRITTEN)
         else:
             answer = objectives.get("answer", pretrained.get("answer", AnswerConfig()))
             assert isinstance(answer, AnswerConfig)
@@ -155,7 +153,7 @@ class VqaConfig(TaskConfig):
                         len(answer.answers),
                     )
                 if "answer" not in objectives:  # its loss was of another task: verdicts take a softmax
-                    answer = answer.model_copy(update={"loss": AnswerConfig().loss})
+                    answer = answer.model_copy(update={"loss": "bce"})
                 answer = answer.model_copy(update={"answers": wanted})
             objectives["answer"] = answer
             if not any(isinstance(one, LmConfig) for one in objectives.values()):
@@ -171,7 +169,7 @@ class VqaConfig(TaskConfig):
 
     def lacks(self, model: Model) -> str | None:
         """Answering takes the answer head, or a decoder that reads the fused question."""
-        listed, writes = answer_head(model) is not None, answer_writer(model) is not None
+        listed, writes = answer_head(model) is not None, fused_writer(model) is not None
         if {"closed": listed, "open": writes, "ranked": writes, None: listed or writes}[self.head]:
             return None
         head, writer = (
@@ -207,7 +205,7 @@ class VqaConfig(TaskConfig):
     def predict(self, parts: Parts, reader: Reader) -> Iterator[dict[str, Any]]:
         """Yield key, question, answer and its probability for each question."""
         bad: dict[str, str] = {}
-        yield from self._answers(parts, read_samples(reader, parts.run.data, bad), self._candidates(None))
+        yield from self._answers(parts, seen_samples(parts, reader, bad, several=False), self._candidates(None))
         for key, reason in bad.items():
             logger.warning("%s: no answer, %s", key, reason)
 

@@ -27,8 +27,9 @@ class AnswerConfig(DistillConfig):
     """Weight of this loss in the sum."""
     answers: tuple[str, ...] = ()
     """The answers, in the order of the head's outputs; filled from the training data when empty."""
-    loss: Literal["bce", "ce"] = "bce"
-    """`bce`: one sigmoid an answer against its soft score. `ce`: softmax against the scores normalised to one."""
+    loss: Literal["bce", "ce"] | None = None
+    """`bce`: one sigmoid an answer against its soft score. `ce`: softmax against the scores normalised to one. none =
+    ce where a task has one right answer of a few (nlvr2, snli_ve), else bce."""
     head: PooledHead = "mlp"
     """`mlp`: linear, norm, GELU, linear (ViLT, METER, X-VLM). `norm_mlp`: a norm before these (BEiT-3 on NLVR2).
     `gelu_mlp`: linear, GELU, norm, linear (UNITER, LXMERT). `relu`: linear, ReLU, linear (ALBEF, BLIP). `linear`: one
@@ -61,7 +62,7 @@ class Answer(Objective):
 
     def __init__(self, config: AnswerConfig, width: int) -> None:
         super().__init__()
-        self.config = config
+        self.config = config = config.model_copy(update={"loss": config.loss or "bce"})
         build = POOLED_HEADS[config.head]
         self.head: nn.Module = build(width, len(config.answers), config.hidden)
         self.asked = Fuse("masked", "masked") if config.masked else Fuse()

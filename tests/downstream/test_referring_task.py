@@ -145,6 +145,11 @@ def test_boxes_are_those_that_the_head_writes(tmp_path):
     assert result.metrics["mean IoU"] == pytest.approx(0.9 * np.mean(left), abs=1e-3)
     assert result.floors["whole image"]["accuracy"] == 1.0, "half of an image overlaps with the whole by half"
     assert set(result.floors) == {"whole image", "expression only"}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["text"] = [rows[0]["text"], rows[1]["text"]]
+    several = task.evaluate(parts, open_reader(str(toys.write_table(tmp_path / "several.jsonl", rows))))
+    assert [row["key"] for row in several.predictions] == ["0/0", "0/1", *map(str, range(1, 8))]
+    assert [row["text"] for row in several.predictions[:2]] == rows[0]["text"], "each expression is asked"
 
 
 def test_finetuning_learns_boxes(tmp_path):

@@ -14,7 +14,7 @@ from emoji_pictures import SHAPES, VILT, picture, styles
 import vlp
 from downstream.evaluate import EvaluateConfig, parts_of, predict
 from downstream.finetune import finetune, finetune_config
-from downstream.task import make_batch
+from downstream.task import EvalSample, make_batch
 from downstream.vcr import CONDITIONED, VcrConfig, with_choice
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Sample, open_reader
@@ -50,7 +50,7 @@ def test_what_a_training_example_holds():
     right = prepare(Sample("7", given.images, ("b",), given.fields), np.random.default_rng(0))
     wrong = prepare(Sample("7", given.images, ("c",), given.fields), np.random.default_rng(0))
     assert (right.text, right.second, right.targets["chosen"], wrong.targets["chosen"]) == ("why?", "b", 1.0, 0.0)
-    assert with_choice(given, "why?", "b", apart=False).text == "why? b"
+    assert with_choice(EvalSample(given, 0, ""), "why?", "b", apart=False).text == "why? b"
     for fields, match in (
         ({"question": "x", "choices": ["a"] * 4, "label": 4}, "label 4 is no number from 0 to 3"),
         ({"question": "x", "choices": ["a"] * 3, "label": 0}, "3 choices, 4 are wanted"),
@@ -74,7 +74,8 @@ def test_choices_share_their_questions_image(tmp_path):
     loaded = vlp.load(toys.checkpoint(tmp_path, {"choose": {}}, SENTENCES, **VILT))
     parts = parts_of(loaded, TASK.settings(loaded.config.data))
     samples = [sample(question="what color is person1?"), sample(question="nobody knows")]
-    examples = [with_choice(one, one.fields["question"], text, True) for one in samples for text in one.texts]
+    asked = [(EvalSample(one, 0, ""), one.fields["question"], text) for one in samples for text in one.texts]
+    examples = [with_choice(*one, True) for one in asked]
     batch = make_batch(parts, examples, [0] * 4 + [1] * 4)
     assert batch.num_images == 2 and batch.num_texts == 8
     assert batch.image_of_text.tolist() == [0] * 4 + [1] * 4

@@ -125,8 +125,9 @@ def test_a_fitting_head_of_the_checkpoint_stays_and_any_other_goes():
     relate = {"relate": PairAttentionConfig(heads=4)}
     assert adapted(Nlvr2Config(), relate, "each") == relate
     assert adapted(Nlvr2Config(), {"answer": AnswerConfig(answers=("false", "true"))}).keys() == {"answer"}
-    stated = adapted(SnliVeConfig(), heads, answer={"head": "relu", "loss": "ce"})
-    assert stated["answer"].head == "relu" and stated["answer"].answers == SnliVeConfig().labels
+    for given, loss in (({}, "ce"), ({"loss": "bce"}, "bce"), ({"answers": SnliVeConfig().labels}, "ce")):
+        stated = adapted(SnliVeConfig(), heads, answer={"head": "relu", **given})["answer"]
+        assert (stated.head, stated.answers, stated.loss) == ("relu", SnliVeConfig().labels, loss)
     example = SnliVeConfig().prepare(build(FinetuneConfig, {"task": {"kind": "snli_ve"}}).model_copy(
         update={"objectives": heads}
     ))(sample(label="neutral"), np.random.default_rng(0))  # fmt: skip
@@ -204,7 +205,7 @@ def test_mistakes_are_one_line(tmp_path):
         )
     )
     one = open_reader(str(tmp_path / "dev.jsonl"), image="left", text="sentence")
-    with pytest.raises(ValueError, match=r"sample '0' has 1 images, task nlvr2 wants two images; .*--data\.image"):
+    with pytest.raises(ValueError, match=r"the first, '0': 1 images, two images are wanted; .*--data\.image"):
         task.evaluate(parts_of(paired, DataConfig(text="sentence")), one)
 
 
@@ -239,6 +240,12 @@ def test_models_of_regions_are_finetuned_and_scored_on_arrays(tmp_path):
         fields = {"sentence": "it is red", "label": label, "pair_id": str(number)}
         samples.append({"__key__": f"{number:02d}", "npz": file.getvalue(), "json": fields})
     shard = write_shards(samples, str(tmp_path / "%02d.tar"))[0]
+    wide = io.BytesIO()
+    np.savez(wide, features=np.zeros((3, 9)), boxes=np.zeros((3, 4)), width=9, height=9)
+    twice = samples[0]["json"] | {"sentence": ["it is red", "it is blue"]}
+    broken = [{"npz": b"torn"}, {"npz": wide.getvalue()}, {}, {"npz": samples[0]["npz"], "json": twice}]
+    broken = [{"__key__": f"bad{number}", "json": samples[0]["json"], **one} for number, one in enumerate(broken)]
+    test = write_shards([*samples[:8], *broken], str(tmp_path / "test%02d.tar"))[0]
     vision = {"kind": "region", "features": 8, "width": 32, "number": 4}
     model = {"vision": vision, "text": VILT["text"], "fusion": VILT["fusion"]}
     loaded = vlp.load(toys.checkpoint(tmp_path, {"mlm": {}}, SENTENCES, **model))
@@ -250,6 +257,12 @@ def test_models_of_regions_are_finetuned_and_scored_on_arrays(tmp_path):
     done = finetune(finetune_config(loaded, "toy", settings), loaded, tmp_path / "run", CPU)
     assert done.after.metrics["accuracy"] >= 0.9 and done.after.floors["blank images"]["accuracy"] < 0.5
     assert not done.after.bad and len(done.after.predictions) == 24
+    result = SnliVeConfig().evaluate(
+        parts_of(vlp.load(tmp_path / "run"), SnliVeConfig().settings(DataConfig())), open_reader(test)
+    )
+    assert len(result.predictions) == 8 and sorted(result.bad) == ["bad0", "bad1", "bad2", "bad3"]
+    said = ("cannot be read", "9 wide, the model reads 8", "no image", "2 texts, of which one is read")
+    assert all(words in result.bad[f"bad{number}"] for number, words in enumerate(said))
 
 
 def test_alternating_fusion_can_be_finetuned(tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 import vlp
 from downstream.evaluate import EvaluateConfig, evaluate, inherited, parts_of, predict
 from downstream.finetune import finetune, finetune_config, finetune_table
+from downstream.finetune_config import FinetuneConfig
 from downstream.vqa import VqaConfig, VqaSurvey, read_truth
 from objectives import AnswerConfig
 from vlp.config import build
@@ -175,6 +176,20 @@ def test_training_examples_hold_soft_targets(tmp_path):
 
 
 LIST = VqaSurvey(("blue", "green", "red"), (3.0, 2.0, 1.0), {}, 6)
+
+
+def test_a_row_of_several_questions_is_named_not_cut_to_its_first(tmp_path):
+    """Their answers could be anyone's; a row without a question is as bad, in training too."""
+    loaded = vlp.load(toys.checkpoint(tmp_path, {"answer": {"answers": ["no", "yes"]}}))
+    rows = [{"question": asked, "answer": "no"} for asked in ("a", ["b", "c"], "")]
+    reader = open_reader(str(table(tmp_path, rows)), text="question")
+    result = TASK.evaluate(parts_of(loaded, DataConfig(text="question")), reader)
+    assert len(result.predictions) == 1 and result.bad.keys() == {"1", "2"}
+    assert result.bad["1"] == "2 texts, of which one is read; give each a sample of its own"
+    run = build(FinetuneConfig, {"task": {"kind": "vqa"}, "objectives": {"answer": {"answers": ("no", "yes")}}})
+    for texts, match in ((("b", "c"), "2 texts"), ((), "no text")):
+        with pytest.raises(BadSample, match=match):
+            TASK.prepare(run)(Sample("7", (), texts, {"answer": "no"}), np.random.default_rng(0))
 
 
 def test_a_checkpoints_answers_stay_where_they_hold_the_datas(tmp_path):
