@@ -1,8 +1,8 @@
 """`region`: features and boxes of a detector's regions -> tokens.
 
-How they become tokens is what UNITER, ViLBERT, LXMERT, VisualBERT and Oscar differ in (Bugliarello et al. 2021,
-"Multimodal pretraining unmasked", section 3).
-Shapes: B images, R regions, F feature width, G values of a box, D width, A alignments.
+How they become tokens is what UNITER, ViLBERT, LXMERT, VisualBERT, Oscar and VL-BERT differ in (Bugliarello et al.
+2021, "Multimodal pretraining unmasked", section 3).
+Shapes: B images, R regions, F feature width, G values of a box, D width, A alignments, K wavelengths.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from encoders.layers import initialise
+from encoders.layers import ACTIVATIONS, Activation, initialise
 from encoders.text import TextEmbeddings
 from encoders.types import Regions, Tokens
 from vlp.config import Config
@@ -29,9 +29,21 @@ class RegionConfig(Config):
     0 = boxes are not read (VisualBERT)."""
     width: int = 768
     """D, token width."""
-    merge: Literal["sum", "norm_sum", "norm_mean", "concat"] = "norm_sum"
+    geometry: Literal["values", "sinusoid"] = "values"
+    """What is projected of a box: its values, or sines and cosines of its centre and sides (VL-BERT; Hu et al. 2018,
+    Relation Networks, section 3.2), which are computed from 4 corners."""
+    wavelengths: int = 256
+    """K of `sinusoid`, whose width is then 4 x 2 x K."""
+    merge: Literal["sum", "norm_sum", "norm_mean", "concat", "norm_concat"] = "norm_sum"
     """`sum` of the two projections (ViLBERT); `norm_sum`: each normalised first (UNITER); `norm_mean`: the mean of the
-    normalised ones (LXMERT); `concat`: one projection of both laid behind each other (Oscar)."""
+    normalised ones (LXMERT); `concat`: one projection of both laid behind each other (Oscar); `norm_concat`: that,
+    normalised (VL-BERT)."""
+    activation: Activation | None = None
+    """Activation of the projection, before it is normalised (VL-BERT: relu)."""
+    norm_start: float = 1.0
+    """Weight that the norms of projections start with (VL-BERT 0: at first nothing is seen)."""
+    input_dropout: float = 0.0
+    """Dropout on what is projected (VL-BERT 0.1)."""
     norm: Literal["own", "text", "none"] = "own"
     """Layer norm of the token: its own, the text embeddings' (VisualBERT), or none (LXMERT)."""
     segments: Literal["none", "own", "text"] = "none"
@@ -42,6 +54,11 @@ class RegionConfig(Config):
     """Row for regions that do not name one."""
     positions: bool = False
     """Add a learned vector, and the text's position embeddings of words that a region is aligned with (VisualBERT)."""
+    word: bool = False
+    """Add a learned word that says image, and another one in its place where features are hidden (VL-BERT)."""
+    pool: Literal["mean", "first"] = "mean"
+    """`pooled`: the mean of the tokens, or what is seen in the first region, without what else its token says: the
+    whole picture, where `data.whole_region` puts it there (VL-BERT)."""
     mask_embedding: bool = False
     """Add a learned vector to the features that are hidden (UNITER); they are 0 without it."""
     order: bool = False
@@ -70,16 +87,27 @@ class RegionConfig(Config):
 
 
 class RegionEncoder(nn.Module):
-    """Regions -> tokens; bare embeddings, whose transformer is the fusion."""
+    """Regions -> tokens; bare embeddings, whose transformer is the fusion.
+
+    Raises:
+        ValueError: sines and cosines of boxes that are not read as corners.
+    """
 
     bare = True
 
     def __init__(self, config: RegionConfig) -> None:
         super().__init__()
         self.config, self.width = config, config.width
-        concat, normed = config.merge == "concat", config.merge in ("norm_sum", "norm_mean")
-        self.project = nn.Linear(config.features + (config.boxes if concat else 0), config.width)
-        self.box = nn.Linear(config.boxes, config.width) if config.boxes and not concat else None
+        if config.geometry == "sinusoid" and config.boxes != 4:
+            raise ValueError(
+                f"model.vision.geometry sinusoid is of a box's 4 corners, but model.vision.boxes is {config.boxes}; "
+                "set it to 4, or use geometry values"
+            )
+        self.concat, normed = config.merge in ("concat", "norm_concat"), config.merge.startswith("norm")
+        seen = 8 * config.wavelengths if config.geometry == "sinusoid" else config.boxes
+        self.project = nn.Linear(config.features + (seen if self.concat else 0), config.width)
+        self.activation = None if config.activation is None else ACTIVATIONS[config.activation]
+        self.box = nn.Linear(seen, config.width) if seen and not self.concat else None
         self.project_norm = self._norm() if normed else nn.Identity()
         self.box_norm = self._norm() if normed and self.box is not None else nn.Identity()
         self.norm = self._norm() if config.norm == "own" else nn.Identity()
@@ -87,9 +115,13 @@ class RegionEncoder(nn.Module):
         self.position = nn.Parameter(torch.zeros(config.width)) if config.positions else None
         self.aligned: nn.Embedding | None = None
         self.ordered: nn.Embedding | None = None
+        self.word = nn.Embedding(2, config.width) if config.word else None
         self.mask = nn.Parameter(torch.zeros(config.features)) if config.mask_embedding else None
-        self.drop = nn.Dropout(config.dropout)
+        self.input_drop, self.drop = nn.Dropout(config.input_dropout), nn.Dropout(config.dropout)
         initialise(self)
+        for norm in (self.project_norm, self.box_norm):
+            if isinstance(norm, nn.LayerNorm | nn.RMSNorm):
+                nn.init.constant_(norm.weight, config.norm_start)
 
     def _norm(self) -> nn.Module:
         return (nn.RMSNorm if self.config.rms else nn.LayerNorm)(self.config.width, self.config.eps)
@@ -104,7 +136,7 @@ class RegionEncoder(nn.Module):
         """[D, F], for heads that are tied to it (UNITER); None where boxes are part of it."""
         weight = self.project.weight
         assert isinstance(weight, nn.Parameter)
-        return None if self.config.merge == "concat" else weight
+        return None if self.concat else weight
 
     def tie(self, text: nn.Module) -> None:
         """Share what the recipe says with the text encoder's embeddings.
@@ -164,15 +196,21 @@ class RegionEncoder(nn.Module):
                 f"but model.vision.features is {config.features} and model.vision.boxes {config.boxes}; change the two"
             )
         features = self._hidden(regions)
-        if config.merge == "concat":
+        if config.geometry == "sinusoid":
+            boxes = box_waves(boxes, config.wavelengths)
+        if self.concat:
             features = torch.cat([features, boxes], -1)
-        states = self.project_norm(self.project(features))
+        seen = self.project(self.input_drop(features))
+        if self.activation is not None:
+            seen = self.activation(seen)
+        states = self.project_norm(seen)
         if self.box is not None:
             states = states + self.box_norm(self.box(boxes))
         if config.merge == "norm_mean":
             states = states / 2
         states = self.drop(self.norm(self._place(states, regions)))
-        return Tokens(states, regions.keep, _mean(states, regions.keep), (states,) if layers else None)
+        pooled = seen[:, 0] if config.pool == "first" else _mean(states, regions.keep)
+        return Tokens(states, regions.keep, pooled, (states,) if layers else None)
 
     def _hidden(self, regions: Regions) -> Tensor:
         """Features [B, R, F] with the masked ones hidden."""
@@ -189,6 +227,10 @@ class RegionEncoder(nn.Module):
                 states = states + self.segment.weight[self.config.segment]
             else:
                 states = states + self.segment(regions.segments)
+        if self.word is not None:
+            words = self.word.weight
+            hidden = None if regions.masked is None else regions.masked[..., None]
+            states = states + (words[0] if hidden is None else torch.where(hidden, words[1], words[0]))
         if self.ordered is not None:
             states = states + self.ordered.weight[-states.shape[1] :].flip(0)
         if self.position is not None:
@@ -198,6 +240,21 @@ class RegionEncoder(nn.Module):
                 raise ValueError("regions are aligned with words but model.vision.positions is false; set it to true")
             states = states + _mean_position(self.aligned, regions.positions)
         return states
+
+
+def box_waves(boxes: Tensor, wavelengths: int) -> Tensor:
+    """Relative corners [B, R, 4] -> K sines, then K cosines of each of the centre's x and y, width and height.
+
+    These are in hundredths of the image's sides; wavelengths grow from 2 pi to nearly 1000 times that (VL-BERT's code).
+
+    Returns:
+        [B, R, 4 x 2 x K].
+    """
+    low, high = boxes[..., :2], boxes[..., 2:]
+    place = 100 * torch.cat([(low + high) / 2, high - low], -1)
+    scale = 1000 ** (torch.arange(wavelengths, device=boxes.device, dtype=boxes.dtype) / wavelengths)
+    angle = place[..., None] / scale  # [B, R, 4, K]
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
 def _mean_position(table: nn.Embedding, positions: Tensor) -> Tensor:

@@ -80,7 +80,8 @@ class LmConfig(DistillConfig):
             if "causal" not in spec.fusion_attention:
                 raise ValueError(
                     "objectives.lm.memory beside writes with the fusion, which must read texts left to right, but "
-                    f"model.fusion.kind {spec.fusion} does not; use single_stream, or a decoder and memory image"
+                    f"model.fusion.kind {spec.fusion} does not; use single_stream with words_see none, or a "
+                    "decoder and memory image"
                 )
         elif spec.decoder_width is None:
             raise ValueError("objective lm needs a decoder; set model.decoder.kind causal or remove lm")

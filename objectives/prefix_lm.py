@@ -77,7 +77,7 @@ class PrefixLmConfig(ObjectiveSettings):
         if self.memory == "beside" and "prefix" not in spec.fusion_attention:
             raise ValueError(
                 "objectives.prefix_lm.memory beside reads a text whose rest is written left to right, which "
-                f"model.fusion.kind {spec.fusion} cannot; use single_stream"
+                f"model.fusion.kind {spec.fusion} cannot; use single_stream with words_see none"
             )
         return PrefixLm(self, spec)
 

@@ -40,6 +40,19 @@ ENCODERS = {
     "LXMERT": RegionConfig(**REGION, boxes=4, merge="norm_mean", norm="none"),
     "VisualBERT": RegionConfig(**REGION, boxes=0, merge="sum", norm="text", segments="own", positions=True),
     "Oscar": RegionConfig(**REGION, boxes=6, merge="concat", norm="none"),
+    "VL-BERT": RegionConfig(
+        **REGION,
+        boxes=4,
+        geometry="sinusoid",
+        wavelengths=4,
+        merge="norm_concat",
+        activation="relu",
+        norm="none",
+        segments="own",
+        word=True,
+        mask_embedding=True,
+        pool="first",
+    ),
 }
 CLASSES = {"classes": RegionTargetConfig(outputs=7)}
 ANSWERS = ("yes", "no", "maybe")
@@ -85,6 +98,10 @@ MODELS: dict[str, tuple[Any, dict[str, ObjectiveConfig]]] = {
     "Oscar": (
         SingleStreamConfig(**SIZES, modality_embedding=False),
         {"mlm": MlmConfig(), "rank": RankConfig(loss="margin", scheme="both", negatives=2)},
+    ),
+    "VL-BERT": (
+        SingleStreamConfig(**SIZES, modality_embedding=False, words_see="image", join_norm=True),
+        {"mlm": MlmConfig(image="masked"), "mrm": MrmConfig(text="masked", targets=CLASSES, norm=False)},
     ),
 }
 
@@ -185,7 +202,7 @@ def test_what_is_refused() -> None:
         model_of("ViLBERT", sublayers=("tt t",))
     with pytest.raises(ValueError, match="give tv and vt"):
         model_of("ViLBERT", sublayers=("tt tv", "t"))
-    with pytest.raises(ValueError, match="streams of different sizes cannot share weights"):
+    with pytest.raises(ValueError, match="streams of different widths cannot share weights"):
         model_of("ViLBERT", sublayers=("tv vt shared", "t v"), image_width=64)
 
 

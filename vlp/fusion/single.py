@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.layers import Cache, attention_mask, initialise, with_bias
-from encoders.text import BesideConfig, load_bert
+from encoders.text import BesideConfig, StackConfig, load_bert
 from encoders.types import AttentionKind, Tokens
 from encoders.vit_weights import load_vit
 from objectives.base import Fused, Side
@@ -37,6 +37,16 @@ class SingleStreamConfig(BesideConfig):
     """Epsilon of that norm."""
     class_token: bool = False
     """A class token of the fusion's own before all others, which `pooled` reads (FLAVA)."""
+    words_see: Literal["none", "image"] = "none"
+    """`image`: every word carries the image's one vector, `pooled` of the vision encoder, normalised (VL-BERT, whose is
+    the whole picture's); texts alone carry nothing, or `absent_image`."""
+    words_see_start: float = 1.0
+    """Weight that that norm starts with (VL-BERT 0: the text begins as BERT reads it)."""
+    absent_image: bool = False
+    """A learned vector that words carry where there is no image (VL-BERT's texts alone)."""
+    join_norm: bool = False
+    """Layer norm and dropout over all embeddings once they are complete, which then come without their own: a BERT's
+    embedding norm (VL-BERT)."""
     mask_text: bool = True
     """Padding of texts is hidden; torchmultimodal's FLAVA, which has no mask here, shows it."""
     pooler: PoolerKind = "tanh"
@@ -57,7 +67,11 @@ class SingleStreamConfig(BesideConfig):
 
 
 class SingleStream(nn.Module):
-    """Image and text tokens through one stack."""
+    """Image and text tokens through one stack.
+
+    Raises:
+        ValueError: settings that do not fit each other.
+    """
 
     attention_kinds: tuple[AttentionKind, ...] = ("full", "causal", "prefix")
 
@@ -79,10 +93,22 @@ class SingleStream(nn.Module):
             )
         self.modality = modality_table(width, config.images) if config.modality_embedding else None
         self.order = nn.Parameter(torch.zeros(2, width)) if config.images == "pair" else None
+        self.words_see = _WordsSee(config, image_width, stack) if config.words_see == "image" else None
+        if self.words_see is not None:
+            self.attention_kinds = ("full",)  # a text that is written has no image in its caches
+        elif config.absent_image:
+            raise ValueError(
+                "model.fusion.absent_image true is what words carry without an image, but they carry none with one; "
+                "set model.fusion.words_see to image, or absent_image to false"
+            )
+        self.join_norm = nn.LayerNorm(width, stack.eps) if config.join_norm else None
+        self.join_drop = nn.Dropout(stack.dropout if config.join_norm else 0.0)
         self.blocks = nn.ModuleList(stack.block() for _ in range(stack.layers))
         self.final_norm = stack.new_norm()
         self.buckets = stack.form.new_buckets(stack.heads, both_ways=True)
         initialise(self)
+        if self.words_see is not None:
+            nn.init.constant_(self.words_see.norm.weight, config.words_see_start)
         self.pooler = Pooler(config.pooler, width, width) if "pooled" in reads else None
         self.pooled_width = pooled_width(self.pooler, config.images)
 
@@ -92,8 +118,11 @@ class SingleStream(nn.Module):
             return
         if self.config.init.startswith("timm:"):
             load_vit(self, self.config.init.removeprefix("timm:"))
-        else:
-            load_bert(self, self.config.init, embeddings=False, first=self.config.init_layer)
+            return
+        load_bert(self, self.config.init, embeddings=False, first=self.config.init_layer)
+        if self.join_norm is not None:
+            whole = nn.ModuleDict({"embeddings": nn.ModuleDict({"norm": self.join_norm})})
+            load_bert(whole, self.config.init, embeddings=True)
 
     def forward(
         self,
@@ -123,6 +152,7 @@ class SingleStream(nn.Module):
         states = self.text_project(text)
         if self.modality is not None:
             states = states + self.modality.weight[1]
+        states = self._joined(states)
         mask, past = attention_mask(keep), caches[0].past
         if self.buckets is not None and past is not None:
             first = past.keys.shape[2] - num_image
@@ -155,6 +185,8 @@ class SingleStream(nn.Module):
             if self.modality is not None:
                 of_image = tokens is image
                 states = states + (image_modality(self.modality, number) if of_image else self.modality.weight[1])
+            if tokens is text and self.words_see is not None:
+                states = states + self.words_see(image, image_index)
             parts.append(states)
             if keep is None or (tokens is text and not self.config.mask_text):
                 keep = states.new_ones(states.shape[:2], dtype=torch.bool)
@@ -169,7 +201,7 @@ class SingleStream(nn.Module):
         if self.buckets is not None:  # words know their distances, from the image there is none (VL-T5)
             length = keep.shape[1] - num_image
             mask = with_bias(mask, F.pad(self.buckets(length, length), (num_image, 0, num_image, 0)))
-        states = torch.cat(parts, 1)
+        states = self._joined(torch.cat(parts, 1))
         every = [states]
         for place, block in enumerate(self.blocks):
             states = block(states, mask, cache=None if caches is None else caches[place])
@@ -178,6 +210,10 @@ class SingleStream(nn.Module):
         kept = tuple(every) if layers else None
         image, text = split_sides(states, keep, num_image, image is not None, text is not None, kept)
         return Fused(image, text, self._pool(states, image, text))
+
+    def _joined(self, states: Tensor) -> Tensor:
+        """What the first block reads of complete embeddings [M, S, D]."""
+        return states if self.join_norm is None else self.join_drop(self.join_norm(states))
 
     def _pool(self, states: Tensor, image: Tokens | None, text: Tokens | None) -> Tensor:
         """States [M, S, D] and their sides -> [M, pooled_width], empty without a pooler."""
@@ -189,6 +225,28 @@ class SingleStream(nn.Module):
         elif text is not None and self.config.pool_at == "before_last":
             own = _before_last(text)
         return self.pooler(image.pooled if image else None, own)
+
+
+class _WordsSee(nn.Module):
+    """The image's one vector, as every word carries it (Su et al. 2020, VL-BERT, section 3.2)."""
+
+    def __init__(self, config: SingleStreamConfig, image_width: int, stack: StackConfig) -> None:
+        super().__init__()
+        if config.images == "pair":
+            raise ValueError(
+                "model.fusion.words_see image adds one image's vector to each word, but model.fusion.images pair lays "
+                "two behind each other; use images each"
+            )
+        self.project = nn.Identity() if image_width == stack.width else nn.Linear(image_width, stack.width)
+        self.norm = nn.LayerNorm(stack.width, stack.eps)
+        self.absent = nn.Parameter(0.02 * torch.randn(stack.width)) if config.absent_image else None
+
+    def forward(self, image: Tokens | None, index: Tensor | None) -> Tensor:
+        """Images [B] at rows ``index`` [M] -> [M, 1, D] or [1, 1, D] that each row's words carry."""
+        if image is None:
+            return self.norm.weight.new_zeros(1, 1, 1) if self.absent is None else self.norm(self.absent)[None, None]
+        pooled = image.pooled if index is None else image.pooled.index_select(0, index)
+        return self.norm(self.project(pooled))[:, None]
 
 
 def _before_last(text: Tokens) -> Tensor:

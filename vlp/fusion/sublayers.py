@@ -37,9 +37,9 @@ class SublayersConfig(BesideConfig):
     image_width: int | None = None
     """Width of the image stream; none = the vision encoder's."""
     image_heads: int | None = None
-    """Attention heads of the image stream; none = `heads`."""
+    """Attention heads of the image stream where it has weights of its own; none = `heads`."""
     image_hidden: int | None = None
-    """Width inside the image stream's feed-forward; none = `hidden`, or 4 x `image_width` where the widths differ."""
+    """Width inside the image stream's own feed-forward; none = `hidden`, or 4 x `image_width` where widths differ."""
     cross_width: int | None = None
     """Width of all heads together where the streams read each other; none = the stream's (ViLBERT: 1024)."""
     cross_heads: int | None = None
@@ -248,10 +248,11 @@ class Sublayers(nn.Module):
         for number, plan in enumerate(plans):
             cross = "tv" in described[number].split()
             sizes = {"t": text[cross], "v": image[cross]}
-            if plan.shared and sizes["t"] != sizes["v"]:
+            if plan.shared and self.text_width != self.image_width:
                 raise ValueError(
-                    f"model.fusion.sublayers[{number}] {described[number]!r}: streams of different sizes cannot share "
-                    f"weights ({sizes['t']}, {sizes['v']}); leave shared out, or give them the same sizes"
+                    f"model.fusion.sublayers[{number}] {described[number]!r}: streams of different widths cannot share "
+                    f"weights ({self.text_width}, {self.image_width}); leave shared out, or set image_width to "
+                    f"{self.text_width}"
                 )
             self.sublayers.append(Sublayer(plan, sizes, stack))  # type: ignore[arg-type]
         pre = stack.norm == "pre"
