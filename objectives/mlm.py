@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from objectives.base import Draw, Encode, Fuse, Fused, LossOutput, ModelSpec, Ob
 from objectives.distill import DistillConfig, Taught, soft_cross_entropy
 from objectives.heads import WordHead, labelled, word_head
 from objectives.pairs import matched
-from objectives.spans import drawn_words, with_spans
-
-Share: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 
 
 class MlmConfig(DistillConfig):
@@ -37,9 +34,9 @@ class MlmConfig(DistillConfig):
     """Share of words that are to be predicted."""
     whole_word: bool = False
     """Mask all pieces of a word together."""
-    spans: dict[str, Share] = Field(default_factory=dict)
-    """Share of the spans of each kind, which `data.spans` names in the captions, that are masked whole beside other
-    words (ERNIE-ViL: objects, attributes and relations of a scene graph)."""
+    segment: bool = False
+    """Mask a segment, tokens that follow each other, in place of words here and there: it begins at any of the text's
+    tokens and ends at any, drawn evenly (InterBERT); `mask_probability` is not read then."""
     tied: bool = True
     """The output words are the text encoder's word embedding."""
     head: WordHead = "bert"
@@ -78,6 +75,8 @@ class MaskedView:
     probability: float
     whole_word: bool
     attention: AttentionKind = "full"
+    segment: bool = False
+    """The chosen positions follow each other."""
 
     def make(
         self, ids: np.ndarray, word_starts: np.ndarray, vocabulary: Vocabulary, generator: np.random.Generator
@@ -90,14 +89,31 @@ class MaskedView:
         length = len(ids)
         # A fixed number of draws per position, so that masks depend on nothing else.
         choose, how = generator.random(length), generator.random(length)
-        words = drawn_words(vocabulary, length, generator)
+        words = generator.integers(0, vocabulary.size - len(vocabulary.special), length)
+        for skipped in sorted(vocabulary.special):  # the n-th id that is not special
+            words += words >= skipped
         special = np.isin(ids, list(vocabulary.special))
+        if self.segment:
+            choose = _outside(np.flatnonzero(~special), length, *generator.random(2))
         if self.whole_word:
             first = np.maximum.accumulate(np.where(word_starts, np.arange(length), 0))
             choose = choose[first]
         chosen = (choose < self.probability) & ~special
         masked = np.where(how < 0.8, vocabulary.mask, np.where(how < 0.9, words, ids))
         return ViewText(np.where(chosen, masked, ids), np.where(chosen, ids, -100))
+
+
+def _outside(words: np.ndarray, length: int, begin: float, size: float) -> np.ndarray:
+    """0 in a segment of the positions ``words`` [W], 1 elsewhere -> [L]; texts of less than four words have none.
+
+    It begins before any of them or behind the last, ``begin`` in 0..1 says where, has ``size`` of W + 1, at least one,
+    and stops with the text (as InterBERT's code draws it).
+    """
+    found = np.ones(length)
+    if len(words) >= 4:
+        first = int(begin * (len(words) + 1))
+        found[words[first : first + 1 + int(size * len(words))]] = 0
+    return found
 
 
 class Mlm(Objective):
@@ -117,8 +133,7 @@ class Mlm(Objective):
         self.taught = replace(self.states, teacher=True) if config.distill else None
         self.teaches_head = self.taught is not None
         self.needs = frozenset({one for one in (self.states, self.taught) if one is not None})
-        masked = MaskedView(config.mask_probability, config.whole_word)
-        self.views = {"masked": with_spans(masked, config.spans)}
+        self.views = {"masked": MaskedView(config.mask_probability, config.whole_word, segment=config.segment)}
 
     def count(self, batch: Batch) -> Tensor:
         return (self._labels(batch) != -100).sum()

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from encoders.layers import ACTIVATIONS, Activation, initialise
 from encoders.types import Batch, Regions
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, RegionMask, Results, Side
+from objectives.pairs import matched
 from objectives.settings import ObjectiveSettings
 from vlp.config import Config
 
@@ -60,6 +61,10 @@ class MrmConfig(ObjectiveSettings):
     """Share of these that show the features of another image's region (LXMERT 0.1); the others show their own."""
     overlap: float | None = Field(None, gt=0, lt=1)
     """Hide also regions that overlap one of these by more than this intersection over union (ViLBERT 0.4)."""
+    overlap_predicted: bool = False
+    """Predict these as well (InterBERT, whose masked ones are anchors of groups)."""
+    matched: bool = False
+    """Of the pairs only the true ones train it, by ``targets["match"]`` (InterBERT)."""
     text: Literal["clean", "masked"] = "clean"
     """Text beside it: the whole one (UNITER masks one side at a time), or that with masked words (ViLBERT, LXMERT)."""
     mean: Literal["predicted", "all"] = "predicted"
@@ -93,6 +98,11 @@ class MrmConfig(ObjectiveSettings):
                 "objectives.mrm.targets: tied needs model.vision.kind region, to whose projection it is tied; set it "
                 "to false"
             )
+        if self.overlap_predicted and self.overlap is None:
+            raise ValueError(
+                "objectives.mrm.overlap_predicted true predicts regions that overlap others, but "
+                "objectives.mrm.overlap is not set; set it, as 0.4, or overlap_predicted to false"
+            )
         return Mrm(self, spec.image_width, spec)
 
 
@@ -104,6 +114,7 @@ class MaskedRegions:
     hide: float
     swap: float
     overlap: float | None
+    overlap_predicted: bool = False
 
     @property
     def replaces(self) -> bool:
@@ -120,7 +131,10 @@ class MaskedRegions:
         masked = predict & (how < self.hide)
         replaced = predict & ~masked & (how < self.hide + self.swap)
         if self.overlap is not None:
-            masked |= (intersection_over_union(boxes, boxes[predict]) > self.overlap).any(1) & ~predict
+            beside = (intersection_over_union(boxes, boxes[predict]) > self.overlap).any(1) & ~predict
+            masked |= beside
+            if self.overlap_predicted:
+                predict = predict | beside
         return RegionMask(masked, predict, np.where(replaced, other, -1))
 
 
@@ -174,7 +188,8 @@ class Mrm(Objective):
         self.head = RegionHead(config, width, spec)
         self.fused = Fuse("masked", config.text)
         self.needs = frozenset({self.fused})
-        self.view = MaskedRegions(config.mask_probability, config.hide, config.swap, config.overlap)
+        hidden = config.mask_probability, config.hide, config.swap, config.overlap, config.overlap_predicted
+        self.view = MaskedRegions(*hidden)
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -184,8 +199,13 @@ class Mrm(Objective):
 
     def count(self, batch: Batch) -> Tensor:
         regions = _regions(batch)
-        predicted = _predicted(regions)
+        predicted = self._counted(regions, batch)
         return predicted.sum() if self.config.mean == "predicted" else torch.full_like(predicted, True).sum()
+
+    def _counted(self, regions: Regions, batch: Batch) -> Tensor:
+        """Which regions are predicted, without those of false pairs where they do not count, [B, R] bool."""
+        predicted = _predicted(regions)
+        return predicted & matched(batch)[:, None] if self.config.matched else predicted
 
     def chance(self, candidates: int) -> float | None:
         """Of one class target the guess among all classes; a regression has none."""
@@ -200,7 +220,7 @@ class Mrm(Objective):
         fused = results[self.fused].image
         assert fused is not None
         at = regions.predict_at if self.config.mean == "predicted" else None
-        found = _pick(_predicted(regions), at)
+        found = _pick(self._counted(regions, batch), at)
         if at is not None:
             found = found & (at >= 0)
         outputs = self.head(_pick(fused.states, at))

@@ -60,7 +60,19 @@ def small(recipe: str, shards: str) -> RunConfig:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["visualbert", "vilbert", "lxmert", "uniter_base", "villa", "imagebert", "vlp_unified", "oscar", "vinvl"]
+    "recipe",
+    [
+        "visualbert",
+        "vilbert",
+        "lxmert",
+        "uniter_base",
+        "villa",
+        "imagebert",
+        "vlp_unified",
+        "oscar",
+        "vinvl",
+        "interbert",
+    ],
 )
 def test_a_run(recipe: str, shards: str, tmp_path: Path) -> None:
     run = small(recipe, shards)

@@ -15,16 +15,15 @@ from torch.utils.data import Dataset
 
 from encoders.types import Batch
 from objectives.base import EDITED, Draw, ImageView, View
-from objectives.spans import SpannedView
+from vlp.data.alike import AlikeCaptions
 from vlp.data.asking import ask
-from vlp.data.batch import Example, collate, numbered, stable_hash
+from vlp.data.batch import Example, caption_hash, collate, numbered, stable_hash
 from vlp.data.edits import edit
 from vlp.data.group import Groups, without_images
 from vlp.data.pairing import pair
 from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
 from vlp.data.regions import RegionArrays, RegionLayout, read_regions
 from vlp.data.sources import Only
-from vlp.data.spans import one_caption, spans_of
 from vlp.data.tokenizer import Tokenizer
 from vlp.data.transforms import TrainTransform
 
@@ -102,6 +101,8 @@ class Fetch(Dataset[Fetched]):
     """What is read of a detector's regions, in place of images; None: images."""
     only: Only = None
     """The one modality that is read; None: both."""
+    alike: AlikeCaptions | None = None
+    """Where captions of false pairs are found that are like the true one; None: they are any."""
 
     def __len__(self) -> int:
         """Samples of an epoch."""
@@ -149,7 +150,6 @@ class Fetch(Dataset[Fetched]):
         regions = self._regions(samples[0], position, index)
         examples: list[Example] = []
         for number, sample in enumerate(samples):
-            original = sample
             if self.config.alternates is not None:
                 sample = self._alternate(sample, self.config.alternates, position, number)
             one = self.prepare(replace(sample, images=images), self.draw.sample(numbered("example", number), position))
@@ -157,8 +157,6 @@ class Fetch(Dataset[Fetched]):
             if self.config.prefix is not None or self.config.answer is not None:
                 generator = self.draw.sample(numbered("answer", number), position)
                 one = ask(one, sample, self.config.prefix, self.config.answer, generator)
-            if self.config.spans is not None and any(isinstance(view, SpannedView) for view in self.views.values()):
-                one = replace(one, spans=spans_of(original, self.config.spans, one.text))
             if EDITED in self.views and one.text is not None:
                 generator = self.draw.sample(numbered(EDITED, number), position)
                 changed = {EDITED: edit(one.text, self.config.edits, generator)}
@@ -195,7 +193,7 @@ class Fetch(Dataset[Fetched]):
                 f"{len(samples[0].images)}; set it to 1"
             )
         if len(samples) == 1:  # its captions, in an order of their own at each position
-            captions = [one_caption(samples[0], i, self.config.spans) for i in range(len(samples[0].texts))]
+            captions = [replace(samples[0], texts=(each,)) for each in samples[0].texts]
             samples = _some_of(captions, number, generator) or samples
         return raws[0], [samples[i % len(samples)] for i in range(number)]
 
@@ -226,7 +224,19 @@ class Fetch(Dataset[Fetched]):
         if self.config.pairing is None:
             return example
         generator = self.draw.sample(numbered("pairing", number), position)
-        return pair(self.config.pairing, example, sample, lambda: self._other(position, index), generator)
+        alike = None if self.alike is None else lambda text: self._alike(sample, text, position, index)
+        return pair(self.config.pairing, example, sample, lambda: self._other(position, index), generator, alike)
+
+    def _alike(self, sample: Sample, text: str, position: int, index: int) -> Sample:
+        """One of the samples whose captions are the most like a text; any other one where none shares a rare word."""
+        assert self.alike is not None and self.config.pairing is not None
+        own = {caption_hash(each) for each in sample.texts}
+        found = self.alike.nearest(index, text, self.config.pairing.alike)
+        for one in self.draw.sample(f"alike/{index}", position).permutation(found).tolist():
+            other = self._without_image(self.reader[one if self.groups is None else int(self.groups[one][0])])
+            if not own & {caption_hash(each) for each in other.texts}:  # the same words would make no false pair
+                return other
+        return self._other(position, index)
 
     def _alternate(self, sample: Sample, field: str, position: int, number: int) -> Sample:
         """The sample with one of its other texts in place of its own, for a share of the positions."""

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from encoders.types import Batch
 from objectives.base import ImageView, View
 from vlp.config import Config
+from vlp.data.alike import read_alike
 from vlp.data.edits import EditConfig
 from vlp.data.fetch import Fetch, Fetched, Prepare, Slot
 from vlp.data.group import group_samples
@@ -83,9 +84,6 @@ class DataConfig(Config):
     of which one is drawn; `match`: true or false, by whether `pairing` left the pair true."""
     edits: EditConfig = Field(default_factory=EditConfig)
     """How words are changed in the text view "edited", where an objective reads it (multiview_itc)."""
-    spans: str | None = None
-    """Field with the spans of each caption, lists of [first character, the one behind the last, kind], of which mlm's
-    `spans` masks some."""
     whole_region: bool = False
     """Of a detector's regions: the whole image is one more, the first, with the mean of their features (ViLBERT)."""
     group: str | None = None
@@ -123,7 +121,7 @@ class DataConfig(Config):
                 f"data.sources.{source}.train names the data of data.train, of which data.split {self.split:g} holds "
                 "out a part for validation; name validation data with --data.val"
             )
-        plain = {"texts_per_image": 1, "alternates": None, "alternate_share": 0.0, "group": None, "spans": None}
+        plain = {"texts_per_image": 1, "alternates": None, "alternate_share": 0.0, "group": None}
         without: dict[str, Any] = {"val": None, "split": None, "sources": {}}
         own = {name: getattr(given, name) for name in SourceConfig.model_fields}
         return self.model_copy(update=own | plain | without)
@@ -147,7 +145,7 @@ def _same(fetched: Any) -> Any:
     return fetched
 
 
-def leave_signals(worker: int) -> None:
+def _leave_signals(worker: int) -> None:
     """Ignore what ends a whole process group (ctrl-C, `timeout`, Slurm): the training process saves, and ends us."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -232,7 +230,10 @@ class Loader:
         groups = None if config.group is None else group_samples(reader, config.group)
         train = TrainTransform(config.transform)
         more = (again, image_views or {}, regions, config.only)
-        main = Fetch(reader, groups, prepare, tokenizer, views, config, train, seed, *more)
+        pairing, alike = config.pairing, None
+        if pairing is not None and pairing.false_text and pairing.false_from == "alike":
+            alike = read_alike(reader, groups, config.text)
+        main = Fetch(reader, groups, prepare, tokenizer, views, config, train, seed, *more, alike=alike)
         self._fetches = _Fetches({MAIN: main, **(sources or {})})
         self._orders = {name: Order(len(one), one.seed, shuffle) for name, one in self._fetches.by_source.items()}
         ratios = {MAIN: config.ratio, **{name: config.sources[name].ratio for name in sources or {}}}
@@ -319,7 +320,7 @@ class Loader:
             sampler=slots,
             collate_fn=_same,
             num_workers=self._config.workers,
-            worker_init_fn=leave_signals,
+            worker_init_fn=_leave_signals,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # torch would draw from the global one, which a resumed run could not repeat
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,11 @@ class PairingConfig(Config):
     the image (VisualBERT); none = texts have one segment."""
     false_text: float = Field(default=0.0, ge=0, le=1)
     """Share of the samples whose caption is another sample's."""
+    false_from: Literal["any", "alike"] = "any"
+    """Whose caption that is: any sample's, or one whose captions are like the true one by the rare words that they
+    share, TF-IDF (InterBERT). All captions are then read once when a run starts; 8 bytes are kept for every word."""
+    alike: int = Field(default=30, ge=1)
+    """Samples, the most alike, from which `alike` draws."""
     false_second: float = Field(default=0.0, ge=0, le=1)
     """Share of the samples whose second segment is another sample's."""
 
@@ -44,6 +49,7 @@ def pair(
     sample: Sample,
     other: Callable[[], Sample],
     generator: np.random.Generator,
+    alike: Callable[[str], Sample] | None = None,
 ) -> Example:
     """Give an example its second segment, and make it false for its share of the positions.
 
@@ -53,6 +59,7 @@ def pair(
         sample: what it was made of.
         other: reads another sample of the data.
         generator: keyed by the sample's position.
+        alike: reads a sample whose captions are like a text, for `false_from: alike`.
 
     Raises:
         BadSample: the sample, or the other one, has no second text.
@@ -62,7 +69,8 @@ def pair(
     second = None if config.second is None else _second(config.second, sample, example.text, number)
     if level < config.false_text:
         match = FALSE_TEXT
-        texts = [text for text in other().texts if text.strip()]
+        found = alike(example.text) if alike is not None and example.text is not None else other()
+        texts = [text for text in found.texts if text.strip()]
         if not texts:
             raise BadSample(sample.key, "another sample, which was to make it false, has no caption")
         example = replace(example, text=texts[int(number * len(texts))])
