@@ -37,6 +37,7 @@ SMALL: dict[str, Callable[[Any], Any]] = {
     "cross_heads": lambda value: None if value is None else 4,
     "pooled_width": lambda value: None if value is None else 24,
     "queue": lambda value: min(value, 20),
+    "image_share": lambda value: 0.3,  # some of a few images, and not all
     "micro_batch": lambda value: min(value, 6),
     "global_batch": lambda value: min(value, 12),
     "samples": lambda value: min(value, 240),
@@ -44,6 +45,7 @@ SMALL: dict[str, Callable[[Any], Any]] = {
 }
 """Sizes by the names of their fields, wherever in the tree they stand."""
 SMALL_GRIDS: dict[str, dict[str, Any]] = {
+    "resnet101.tv_in1k": {"model": "resnet10t", "arguments": {"output_stride": 8}},
     "tf_efficientnet_l2": {"model": "tf_efficientnet_b0"},
     "swin_base_patch4_window7_224.ms_in22k": {
         "arguments": {"img_size": 32, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
@@ -70,6 +72,10 @@ def shrink(config: C) -> C:
         found |= SMALL_GRIDS.get(config.model, {})
     if isinstance(config, ModelConfig) and config.embed.image == "none":  # the space is the tower's own
         found["embed"] = found["embed"].model_copy(update={"width": found["vision"].build().width})
+    tokens = {token: None for one in found.get("objectives", {}).values() for token in one.tokens}
+    if tokens:
+        tokenizer = found["data"].tokenizer.model_copy(update={"added_tokens": tuple(tokens)})
+        found["data"] = found["data"].model_copy(update={"tokenizer": tokenizer})
     return type(config)(**found)
 
 
