@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from objectives.base import Draw, Encode, Fuse, Fused, LossOutput, ModelSpec, Ob
 from objectives.distill import DistillConfig, Taught, soft_cross_entropy
 from objectives.heads import WordHead, labelled, word_head
 from objectives.pairs import matched
+from objectives.spans import drawn_words, with_spans
+
+Share: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 
 
 class MlmConfig(DistillConfig):
@@ -37,6 +40,9 @@ class MlmConfig(DistillConfig):
     segment: bool = False
     """Mask a segment, tokens that follow each other, in place of words here and there: it begins at any of the text's
     tokens and ends at any, drawn evenly (InterBERT); `mask_probability` is not read then."""
+    spans: dict[str, Share] = Field(default_factory=dict)
+    """Share of the spans of each kind, which `data.spans` names in the captions, that are masked whole beside other
+    words (ERNIE-ViL: objects, attributes and relations of a scene graph)."""
     tied: bool = True
     """The output words are the text encoder's word embedding."""
     head: WordHead = "bert"
@@ -89,9 +95,7 @@ class MaskedView:
         length = len(ids)
         # A fixed number of draws per position, so that masks depend on nothing else.
         choose, how = generator.random(length), generator.random(length)
-        words = generator.integers(0, vocabulary.size - len(vocabulary.special), length)
-        for skipped in sorted(vocabulary.special):  # the n-th id that is not special
-            words += words >= skipped
+        words = drawn_words(vocabulary, length, generator)
         special = np.isin(ids, list(vocabulary.special))
         if self.segment:
             choose = _outside(np.flatnonzero(~special), length, *generator.random(2))
@@ -133,7 +137,8 @@ class Mlm(Objective):
         self.taught = replace(self.states, teacher=True) if config.distill else None
         self.teaches_head = self.taught is not None
         self.needs = frozenset({one for one in (self.states, self.taught) if one is not None})
-        self.views = {"masked": MaskedView(config.mask_probability, config.whole_word, segment=config.segment)}
+        masked = MaskedView(config.mask_probability, config.whole_word, segment=config.segment)
+        self.views = {"masked": with_spans(masked, config.spans)}
 
     def count(self, batch: Batch) -> Tensor:
         return (self._labels(batch) != -100).sum()

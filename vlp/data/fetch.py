@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from encoders.types import Batch
 from objectives.base import EDITED, Draw, ImageView, View
+from objectives.spans import SpannedView
 from vlp.data.alike import AlikeCaptions
 from vlp.data.asking import ask
 from vlp.data.batch import Example, caption_hash, collate, numbered, stable_hash
@@ -24,6 +25,7 @@ from vlp.data.pairing import pair
 from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
 from vlp.data.regions import RegionArrays, RegionLayout, read_regions
 from vlp.data.sources import Only
+from vlp.data.spans import one_caption, spans_of
 from vlp.data.tokenizer import Tokenizer
 from vlp.data.transforms import TrainTransform
 
@@ -150,6 +152,7 @@ class Fetch(Dataset[Fetched]):
         regions = self._regions(samples[0], position, index)
         examples: list[Example] = []
         for number, sample in enumerate(samples):
+            original = sample
             if self.config.alternates is not None:
                 sample = self._alternate(sample, self.config.alternates, position, number)
             one = self.prepare(replace(sample, images=images), self.draw.sample(numbered("example", number), position))
@@ -157,6 +160,8 @@ class Fetch(Dataset[Fetched]):
             if self.config.prefix is not None or self.config.answer is not None:
                 generator = self.draw.sample(numbered("answer", number), position)
                 one = ask(one, sample, self.config.prefix, self.config.answer, generator)
+            if self.config.spans is not None and any(isinstance(view, SpannedView) for view in self.views.values()):
+                one = replace(one, spans=spans_of(original, self.config.spans, one.text))
             if EDITED in self.views and one.text is not None:
                 generator = self.draw.sample(numbered(EDITED, number), position)
                 changed = {EDITED: edit(one.text, self.config.edits, generator)}
@@ -193,7 +198,7 @@ class Fetch(Dataset[Fetched]):
                 f"{len(samples[0].images)}; set it to 1"
             )
         if len(samples) == 1:  # its captions, in an order of their own at each position
-            captions = [replace(samples[0], texts=(each,)) for each in samples[0].texts]
+            captions = [one_caption(samples[0], i, self.config.spans) for i in range(len(samples[0].texts))]
             samples = _some_of(captions, number, generator) or samples
         return raws[0], [samples[i % len(samples)] for i in range(number)]
 

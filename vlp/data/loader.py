@@ -84,6 +84,9 @@ class DataConfig(Config):
     of which one is drawn; `match`: true or false, by whether `pairing` left the pair true."""
     edits: EditConfig = Field(default_factory=EditConfig)
     """How words are changed in the text view "edited", where an objective reads it (multiview_itc)."""
+    spans: str | None = None
+    """Field with the spans of each caption, lists of [first character, the one behind the last, kind], of which mlm's
+    `spans` masks some."""
     whole_region: bool = False
     """Of a detector's regions: the whole image is one more, the first, with the mean of their features (ViLBERT)."""
     group: str | None = None
@@ -121,7 +124,7 @@ class DataConfig(Config):
                 f"data.sources.{source}.train names the data of data.train, of which data.split {self.split:g} holds "
                 "out a part for validation; name validation data with --data.val"
             )
-        plain = {"texts_per_image": 1, "alternates": None, "alternate_share": 0.0, "group": None}
+        plain = {"texts_per_image": 1, "alternates": None, "alternate_share": 0.0, "group": None, "spans": None}
         without: dict[str, Any] = {"val": None, "split": None, "sources": {}}
         own = {name: getattr(given, name) for name in SourceConfig.model_fields}
         return self.model_copy(update=own | plain | without)
@@ -145,7 +148,7 @@ def _same(fetched: Any) -> Any:
     return fetched
 
 
-def _leave_signals(worker: int) -> None:
+def leave_signals(worker: int) -> None:
     """Ignore what ends a whole process group (ctrl-C, `timeout`, Slurm): the training process saves, and ends us."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -320,7 +323,7 @@ class Loader:
             sampler=slots,
             collate_fn=_same,
             num_workers=self._config.workers,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # torch would draw from the global one, which a resumed run could not repeat
         )
