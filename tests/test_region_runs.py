@@ -43,8 +43,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
         file = io.BytesIO()
         np.savez(file, **found)
         texts = [f"a dog of number {number}", f"number {number} again"]
+        spans = {"spans": [[[2, 5, "object"], [6, 8, "relation"]], []]}
         samples.append(
-            {"__key__": f"{number:02d}", "npz": file.getvalue(), "json": {"captions": texts, "tags": "dog cat"}}
+            {
+                "__key__": f"{number:02d}",
+                "npz": file.getvalue(),
+                "json": {"captions": texts, "tags": "dog cat", **spans},
+            }
         )
     folder = tmp_path_factory.mktemp("regions")
     return write_shards(samples, str(folder / "%02d.tar"))[0]
@@ -72,6 +77,7 @@ def small(recipe: str, shards: str) -> RunConfig:
         "oscar",
         "vinvl",
         "interbert",
+        "ernie_vil",
     ],
 )
 def test_a_run(recipe: str, shards: str, tmp_path: Path) -> None:
