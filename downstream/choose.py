@@ -126,16 +126,21 @@ def _micro_batch(share: int, measured: Measured) -> tuple[int, str]:
 
 
 def measure(parts: Parts, prepare: Prepare, *, activations: bool = True, rewrite: Rewrite | None = None) -> Measured:
-    """Count samples and parameters, and the bytes that a sample's forward pass keeps; the same on all ranks."""
+    """Count samples and parameters, and the bytes that a sample's forward pass keeps; the same on all ranks.
+
+    Where there are several sources of data, the bytes are those of the source that keeps most.
+    """
     model, config, world = parts.model, parts.run.train, world_size()
     freeze_parts(model, config.optim)
     trainable = sum(one.numel() for one in model.parameters() if one.requires_grad)
     if config.lora is not None:
         trainable = count_trained(model, config.lora)
-    few = config.model_copy(update={"global_batch": MEASURED * world, "micro_batch": MEASURED})
-    here = parts.run.model_copy(
-        update={"train": few, "data": parts.run.data.model_copy(update={"workers": 0, "hash": None})}
-    )
+    # A micro-batch is of one source: of each, as many samples are measured, whatever share of a step it has.
+    data, number = parts.run.data, MEASURED * world * (1 + len(parts.sources))
+    sources = {name: one.model_copy(update={"ratio": 1.0, "hash": None}) for name, one in data.sources.items()}
+    alike = {"workers": 0, "hash": None, "mix": "joint", "ratio": 1.0, "sources": sources}
+    few = config.model_copy(update={"global_batch": number, "micro_batch": MEASURED})
+    here = parts.run.model_copy(update={"train": few, "data": data.model_copy(update=alike)})
     level = logging.getLogger("vlp.train.reading").level
     logging.getLogger("vlp.train.reading").setLevel(logging.WARNING)  # these sizes are nobody's
     try:
@@ -144,10 +149,11 @@ def measure(parts: Parts, prepare: Prepare, *, activations: bool = True, rewrite
         logging.getLogger("vlp.train.reading").setLevel(level)
     kept = 0
     if activations:
-        batch = next(loader.steps(0, MEASURED * world))[0].to(model.device)
-        if rewrite is not None:
-            batch = rewrite(model, batch, Draw(config.seed))
-        kept = kept_bytes(parts, batch) // MEASURED
+        for each in next(loader.steps(0, number)):
+            batch = each.to(model.device)
+            if rewrite is not None:
+                batch = rewrite(model, batch, Draw(config.seed))
+            kept = max(kept, kept_bytes(parts, batch) // MEASURED)
     free = min(gather([free_memory(model.device)]))
     return Measured(loader.order.size, trainable, max(gather([kept])), free)
 

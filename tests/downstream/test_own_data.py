@@ -22,6 +22,7 @@ from downstream.task import Result
 from downstream.vqa import VqaConfig
 from vlp.checkpoint.native import find_checkpoint
 from vlp.cli import main
+from vlp.config import build
 from vlp.data.fetch import pair_example
 from vlp.data.loader import DataConfig
 from vlp.data.reader import open_reader
@@ -266,6 +267,23 @@ def test_activations_are_measured_and_nothing_changes(place):
     assert 10 * tokens < found.activations < 1000 * tokens and found.free > 2**20
     assert torch.equal(state, torch.get_rng_state()) and parts.model.training
     torch.testing.assert_close(parts.model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mix", ["drawn", "joint"])
+def test_a_source_of_small_share_is_measured_too(place, tmp_path, mix):
+    """Images alone keep the pairs' pictures; texts alone, a thousandth of a step, keep less and change nothing."""
+    (tmp_path / "lines.txt").write_text("a plain red square\n" * 8)
+    loaded = vlp.load(place / "checkpoint")
+    data = {"train": str(place / "my.csv"), "workers": 0, "max_length": 16, "mix": mix}
+    objectives: dict = dict(loaded.config.objectives)
+    found = []
+    for sources in ({}, {"text": {"train": str(tmp_path / "lines.txt"), "only": "text", "ratio": 0.001}}):
+        config = build(DataConfig, {**data, "sources": sources})
+        more = {"words": build(RunConfig, {"objectives": {"mlm": {"alone": True, "source": "text"}}}).objectives["mlm"]}
+        run = RunConfig(model=loaded.model.config, objectives=objectives | (more if sources else {}), data=config)
+        found.append(measure(assemble(run, tokenizer=loaded.tokenizer, pretrained=False), pair_example))
+    assert found[1].samples == found[0].samples == 40
+    assert found[1].activations == found[0].activations > 0
 
 
 def test_the_best_is_kept_and_patience_ends_the_run(monkeypatch):
