@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from vlp.config import Config
 
 
@@ -14,3 +16,6 @@ class ObjectiveSettings(Config):
     head_of: str | None = None
     """Objective of the same kind whose head this one uses too (BEiT-3's words, with an image and without); none = a
     head of its own."""
+
+    tokens: ClassVar[tuple[str, ...]] = ()
+    """Special tokens that its texts are made with, which a tokenizer trained on captions has where they are added."""

@@ -49,6 +49,7 @@ class SpanCorruptionConfig(ObjectiveSettings):
     alone: bool = False
     """Read the text without an image (T5)."""
 
+    tokens: ClassVar[tuple[str, ...]] = tuple(f"<extra_id_{number}>" for number in range(16))
     trains_embed: ClassVar[bool] = False
     reads: ClassVar[frozenset[Side]] = frozenset({"memory"})
 

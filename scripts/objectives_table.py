@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from encoders.types import Batch
 from objectives.base import Draw
-from scripts.trials.data import HELD_OUT, TRAIN, batches, tokenizer
+from scripts.trials.data import HELD_OUT, TRAIN, batches, tokenizer, tokens_of
 from scripts.trials.trials import TRIALS, Trial
 from vlp.config import build
 from vlp.model import Model, build_model
@@ -56,7 +56,8 @@ def run_trial(name: str, trial: Trial, steps: int) -> Row:
     """Train a model on one objective, and those that go with it."""
     config = build(RunConfig, trial.tree())
     steps *= trial.longer
-    model = build_model(config.model, config.objectives, vocabulary_size=tokenizer().vocabulary.size).train()
+    words = tokenizer(tokens_of(config.objectives.values()))
+    model = build_model(config.model, config.objectives, vocabulary_size=words.vocabulary.size).train()
     measured = list(batches(model, trial.make, TRAIN, BATCH, MEASURED, seed=1))
     unseen = list(batches(model, trial.make, HELD_OUT, BATCH, MEASURED, seed=2))
     objective = next(iter(config.objectives))

@@ -58,6 +58,8 @@ PUBLISHED: dict[str, tuple[float, Callable[[Parts], int], float]] = {
     "uniter_base": (86e6, of("fusion"), 0.01),
     "uniter_large": (303e6, of("fusion"), 0.01),
     "villa": (86e6, of("fusion"), 0.01),
+    # transformers' T5-base; of VL-T5's code 72 words more, and the embedding of regions.
+    "vl_t5": (222_903_552 + 72 * 768 + (2048 + 5 + 2 + 2 + 2) * 768, everything, 1e-6),
     # Blocks and patch embedding, with neither the word embeddings nor the heads.
     "vilt": (87.4e6, of("vision", "fusion"), 0.01),
     # transformers' model for pretraining at features of 2048; its table of visual positions has 512 rows, ours one.

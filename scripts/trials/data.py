@@ -7,7 +7,7 @@ Shapes: P patches or regions of an image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeAlias
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from encoders.types import Batch, Images
 from objectives.base import EDITED
+from objectives.settings import ObjectiveSettings
 from vlp.data.batch import Example, collate
 from vlp.data.edits import EditConfig, edit
 from vlp.data.pairing import FALSE_TEXT, TRUE
@@ -69,10 +70,15 @@ def emoji(styles: tuple[str, ...]) -> list[Emoji]:
 
 
 @cache
-def tokenizer() -> Tokenizer:
-    """Knows the words of all labels and groups."""
+def tokenizer(added: tuple[str, ...] = ()) -> Tokenizer:
+    """Knows the words of all labels and groups, and ``added`` ones."""
     words = [*(one.label for one in emoji(TRAIN)), *GROUPS]
-    return build_tokenizer(TokenizerConfig(size=1024, min_frequency=1), words)
+    return build_tokenizer(TokenizerConfig(size=1024, min_frequency=1, added_tokens=added), words)
+
+
+def tokens_of(objectives: Iterable[ObjectiveSettings]) -> tuple[str, ...]:
+    """Special tokens that objectives make texts with."""
+    return tuple(token for one in objectives for token in one.tokens)
 
 
 def augment(pixels: Tensor, random: Random) -> Tensor:
@@ -174,7 +180,7 @@ def batches(
     drawings = emoji(styles)
     random = np.random.default_rng(seed)
     order = np.concatenate([random.permutation(len(drawings)) for _ in range(size * number // len(drawings) + 1)])
-    layout = region_layout(model, whole=False)
+    layout, words = region_layout(model, whole=False), tokenizer(tokens_of(model.objective_configs.values()))
     for step in range(number):
         made: list[Example] = []
         places: list[int] = []
@@ -182,7 +188,7 @@ def batches(
             found = maker(drawings[order[place]], drawings, random)
             made += found
             places += [place] * len(found)
-        batch = collate(made, places, tokenizer(), model.text_views(), 16, seed, model.image_views(), layout)
+        batch = collate(made, places, words, model.text_views(), 16, seed, model.image_views(), layout)
         yield with_codes(replace(batch, seen=step * size))
 
 

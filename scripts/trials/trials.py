@@ -215,6 +215,11 @@ TRIALS: dict[str, Trial] = {
     "lm": Trial({"lm": {}}, fused=False, model=DECODER, chance=words),
     "lm, without a decoder": Trial({"lm": {"memory": "beside"}}, chance=words),
     "prefix_lm": Trial({"prefix_lm": {}}, model={"decoder": {**DECODER["decoder"], "memory": "both"}}, chance=words),
+    "span_corruption": Trial(
+        {"span_corruption": {"mask_probability": 0.3, "span_length": None, "head": "scaled"}},
+        model={"decoder": {**DECODER["decoder"], "memory": "both"}},
+        chance=words,
+    ),
     "mim, codes": Trial(
         {"mim": {"codes": COLOURS, "mask_share": 0.4, "block": 2, "text": "clean"}}, model=HIDING, chance=codes
     ),
