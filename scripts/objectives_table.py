@@ -61,9 +61,9 @@ def run_trial(name: str, trial: Trial, steps: int) -> Row:
     measured = list(batches(model, trial.make, TRAIN, BATCH, MEASURED, seed=1))
     unseen = list(batches(model, trial.make, HELD_OUT, BATCH, MEASURED, seed=2))
     objective = next(iter(config.objectives))
-    chance = trial.chance(model, list(batches(model, trial.make, TRAIN, BATCH, 10, seed=3)))
     before = measure(model, objective, measured)
     train(model, batches(model, trial.make, TRAIN, BATCH, steps), steps)
+    chance = trial.chance(model, list(batches(model, trial.make, TRAIN, BATCH, 10, seed=3)))  # labels may be learned
     return Row(name, chance, before, measure(model, objective, measured), measure(model, objective, unseen))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from encoders.types import Batch, Images, Regions
-from objectives.base import Draw
+from objectives.base import Draw, Encode
 from objectives.box import generalised_iou
 from objectives.mrm import region_terms
 from scripts.trials.data import (
@@ -41,6 +41,16 @@ HEADS = {"width": 64, "heads": 4}
 PATCHES = {"model": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "depth": 1, **HEADS}
 VISION = {**PATCHES, "patch_size": 2, "stem": [32, 64]}
 """As many patches behind two convolutions, by which more crosses to another style."""
+GRID = {
+    "kind": "grid",
+    "model": "resnet10t",
+    "image_size": 32,
+    "freeze_norm": False,
+    "arguments": {"output_stride": 8, "channels": (16, 32, 32, 64), "stem_width": 8},
+    "positions": "sine",
+    "dictionary": {"entries": 64, "width": 64, "mask_token": True},
+}
+"""Cells of eight pixels by a dictionary."""
 REGIONS = {"kind": "region", "features": 48, "boxes": 4, "width": 64, "number": 16}
 TEXT = {"layers": 1, "norm": "pre", "max_length": 16, **HEADS}
 HIDING = {"vision": {**PATCHES, "mask_token": True}}
@@ -96,6 +106,16 @@ def codes(model: Model, seen: Sequence[Batch]) -> float:
     found = torch.cat([one.targets["codes"] for one in masked_images(seen)])  # [B, P]
     share = F.one_hot(found).double().mean(0)
     return sum(map(entropy, share)) / len(share)
+
+
+@torch.no_grad()
+def entries(model: Model, seen: Sequence[Batch]) -> float:
+    """The frequencies of the hidden entries, as the trained dictionary has them."""
+    model.eval()
+    read = Encode("image", "masked")
+    found = torch.cat([model.run([read], batch)[read].labels.amax(1) for batch in seen])  # all that are hidden are one
+    model.train()
+    return entropy(found.bincount() / len(found))
 
 
 def pixels(model: Model, seen: Sequence[Batch]) -> float:
@@ -226,6 +246,7 @@ TRIALS: dict[str, Trial] = {
     "mim, pixels": Trial(
         {"mim": {"target": "pixels", "mask_share": 0.4, "block": 2, "text": "clean"}}, model=HIDING, chance=pixels
     ),
+    "mim, entries": Trial({"mim": {"target": "entries", "text": "clean"}}, model={"vision": GRID}, chance=entries),
     "mrm, features": of_mrm("features", 48, "mse"),
     "mrm, class": of_mrm("objects", COLOURS, "class"),
     "mrm, distribution": of_mrm("classes", COLOURS, "kl"),
