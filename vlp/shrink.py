@@ -76,10 +76,6 @@ def shrink(config: C) -> C:
     if tokens:
         tokenizer = found["data"].tokenizer.model_copy(update={"added_tokens": tuple(tokens)})
         found["data"] = found["data"].model_copy(update={"tokenizer": tokenizer})
-    tokens = {token: None for one in found.get("objectives", {}).values() for token in one.tokens}
-    if tokens:
-        tokenizer = found["data"].tokenizer.model_copy(update={"added_tokens": tuple(tokens)})
-        found["data"] = found["data"].model_copy(update={"tokenizer": tokenizer})
     return type(config)(**found)
 
 
