@@ -87,7 +87,7 @@ class Answerer:
         for start in range(0, memory.states.shape[0], size):
             rows = slice(start, start + size)
             keep = None if memory.keep is None else memory.keep[rows]
-            some = Tokens(memory.states[rows], keep, memory.pooled[rows])
+            some = Tokens(memory.states[rows], keep, memory.pooled[rows], positions=memory.positions)
             best, scores = rank_answers(self.model, some, self.texts, self.k, objective=fused_writer(self.model))
             shares = share_probability(scores)[:, 0].tolist()
             found += [(self.answers[n], share) for n, share in zip(best[:, 0].tolist(), shares, strict=True)]

@@ -55,6 +55,7 @@ from objectives.base import Rows
 from objectives.box import Box as BoxObjective
 from vlp.data.batch import Example
 from vlp.data.fetch import Prepare
+from vlp.data.instruct import STILL
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
 from vlp.model import Model
@@ -66,16 +67,6 @@ logger = logging.getLogger(__name__)
 
 CARRIED = ("ref_id", "sent_id", "ann_id", "split")
 """Fields that predictions carry on."""
-STILL: dict[str, Any] = {
-    "resize": "squash",
-    "crop_scale": None,
-    "flip": "never",
-    "rotation": 0.0,
-    "zoom": None,
-    "shift": 0.0,
-    "randaugment_n": 0,
-}
-"""Settings under which a box's place in the image stays its share of the sides."""
 
 Asked: TypeAlias = tuple[EvalSample, Truth]
 

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, h x w cells, N tokens, D width.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import timm
@@ -38,6 +39,8 @@ class GridConfig(Config):
     may have another project's names if they are of the same number, order and shapes."""
     image_size: int = 224
     """Side of the square input in pixels."""
+    reduction: int | None = None
+    """Pixels along a side of a cell: later stages of the model are left out (OFA 16); none = none are."""
     head_conv: bool = True
     """Keep the 1x1 convolution that an EfficientNet has behind its last stage (ALIGN: off)."""
     sample: int | None = Field(None, ge=1)
@@ -80,6 +83,8 @@ class GridEncoder(nn.Module):
         super().__init__()
         # Channels last is how convolutions run fastest, on CPU and GPU. timm's attributes are untyped.
         self.body: Any = _create(config, pretrained=False).to(memory_format=torch.channels_last)
+        if config.reduction is not None:
+            _end_at(self.body, config)
         if not config.head_conv:
             _drop_head_conv(self.body, config.model)
         native = self.body.pretrained_cfg
@@ -98,17 +103,22 @@ class GridEncoder(nn.Module):
     def hideable(self) -> tuple[int, int] | None:
         """K, entries that may be hidden, and P, cells of an image of ``image_size``; None if there are none to hide."""
         own = self.dictionary
-        return None if own is None or own.mask is None else (own.config.entries, self._num_cells())
+        return None if own is None or own.mask is None else (own.config.entries, math.prod(self._map_size()))
 
-    def _num_cells(self) -> int:
-        """P, by a forward of shapes alone."""
+    @property
+    def whole_grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the cells that every image gives; None where training draws a part of them."""
+        return self._map_size() if self.config.sample is None else None
+
+    def _map_size(self) -> tuple[int, int]:
+        """Rows and columns of the map of an image of ``image_size``, by a forward of shapes alone."""
         mapped, side = _Mapped(self), self.config.image_size
         weights = {
             name: tensor.detach().to("meta") for name, tensor in (*mapped.named_parameters(), *mapped.named_buffers())
         }
         found = functional_call(mapped, weights, (torch.zeros(1, 3, side, side, device="meta"),))
         rows, columns = found.shape[1:3] if self._channels_last(found) else found.shape[2:4]
-        return rows * columns
+        return rows, columns
 
     def load_pretrained(self) -> None:
         """Fill the weights from timm's or from the file that the recipe names.
@@ -221,8 +231,10 @@ class GridEncoder(nn.Module):
         return cells, labels
 
     def _pool(self, found: Tensor, cells: Tensor) -> Tensor:
-        """What timm's classifier would read of the map; of a dictionary the mean of the cells' entries."""
-        return self.body.forward_head(found, pre_logits=True) if self.dictionary is None else cells.mean(1)
+        """What timm's classifier would read of the map; of a dictionary, or of early stages, the mean of the cells."""
+        if self.dictionary is None and self.config.reduction is None:
+            return self.body.forward_head(found, pre_logits=True)
+        return cells.mean(1)
 
     def _channels_last(self, found: Tensor) -> bool:
         """Whether the map is [B, h, w, C] (Swin), as timm says by ``output_fmt``."""
@@ -238,6 +250,23 @@ class _Mapped(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.encoder._map(pixels, layers=False)[0]
+
+
+def _reductions(body: Any) -> list[int]:
+    """Pixels along a side of a cell after each of a timm model's stages."""
+    return [stage["reduction"] for stage in body.feature_info]
+
+
+def _end_at(body: Any, config: GridConfig) -> None:
+    """Leave out the stages behind the last one whose cells have ``config.reduction`` pixels along a side."""
+    sizes = _reductions(body)
+    if config.reduction not in sizes or not hasattr(body, "prune_intermediate_layers"):
+        raise ValueError(
+            f"model.vision.reduction {config.reduction}: {config.model} has no such stage to end with; it has {sizes}"
+        )
+    last = len(sizes) - 1 - sizes[::-1].index(config.reduction)
+    body.prune_intermediate_layers([last], prune_norm=True)
+    body.num_features = body.feature_info[last]["num_chs"]
 
 
 def _drop_head_conv(body: Any, name: str) -> None:

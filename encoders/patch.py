@@ -168,6 +168,12 @@ class PatchEncoder(nn.Module):
         """Rows and columns of an image's patches."""
         return self.vit.patch_embed.grid_size
 
+    @property
+    def whole_grid(self) -> tuple[int, int] | None:
+        """The grid, where every image gives all of it and at most one token before; else None."""
+        part = self.config.patch_drop or self.config.position_size or self.num_prefix > 1 or not self.has_patches
+        return None if part else self.grid
+
     def load_pretrained(self) -> None:
         """Fill the weights with timm's, where the recipe asks for them; a shallower model takes the first blocks.
 

@@ -104,6 +104,8 @@ class Tokens:
     """Hidden states of every layer, on request."""
     labels: Tensor | None = None
     """[B, N] int64, what a dictionary knew at each token that the encoder hid, -100 at the others."""
+    positions: Tensor | None = None
+    """[1, N, D], what a cross-attention whose positions are apart from the content reads of these tokens' places."""
 
 
 @dataclass(frozen=True)

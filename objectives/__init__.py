@@ -10,6 +10,7 @@ from objectives.box import BoxConfig
 from objectives.choose import ChooseConfig
 from objectives.classify import ClassifyConfig
 from objectives.fused_itc import FusedItcConfig
+from objectives.infill import InfillConfig
 from objectives.intra import IntraConfig
 from objectives.itc import ItcConfig
 from objectives.itm import ItmConfig
@@ -44,6 +45,7 @@ ObjectiveConfig: TypeAlias = Annotated[
     | MimConfig
     | LmConfig
     | PrefixLmConfig
+    | InfillConfig
     | SpanCorruptionConfig
     | AnswerConfig
     | AssignConfig

@@ -51,6 +51,8 @@ PUBLISHED: dict[str, tuple[float, Callable[[Parts], int], float]] = {
     "lxmert": (228.1e6, lambda parts: everything(parts) + gelu_head(768, 9500), 0.001),
     # The survey's figure, which does not say what it includes: everything, with MLM's untied output of 38.6M.
     "meter": (345e6, everything, 0.04),
+    # The repository's figure; ours lacks the decoder's positions of image codes (1.9M).
+    "ofa_base": (180e6, everything, 0.01),
     "siglip_b16": (203.2e6, everything, 0.001),
     # BERT with cross-attention and its MLM head.
     "tcl": (123.7e6, of("text", "fusion", "objectives.mlm"), 0.001),

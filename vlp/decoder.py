@@ -5,26 +5,33 @@ Shapes: B memory rows, T texts, L length, S memory length, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from encoders.layers import Cache, attention_mask, initialise, with_bias
-from encoders.text import BesideConfig, StackConfig, TextEmbeddings, TextEncoder, load_bert, run_cached
+from encoders.text import BesideConfig, StackConfig, TextEmbeddings, TextEncoder, load_bert
 from encoders.types import Texts, Tokens
 from vlp.fusion import Fusion
 from vlp.fusion.dual import DualStream
 from vlp.fusion.pooler import gather_keep
+from vlp.fusion.single import SingleStream
+from vlp.fusion.untied import CrossPositions, UntiedConfig, UntiedPositions, untied_scale
 
 
 class DecoderConfig(BesideConfig):
     """A causal stack with cross-attention in every block."""
 
     kind: Literal["causal"] = "causal"
-    share: Literal["none", "embeddings", "all_but_self_attention"] = "embeddings"
-    """What it shares: nothing; the text encoder's embeddings; all but self-attention with the cross-attention fusion
-    (BLIP: cross-attention and feed-forward of layer n are the fusion's)."""
+    share: Literal["none", "words", "embeddings", "all_but_self_attention"] = "embeddings"
+    """What it shares: nothing; the text encoder's word embedding (it has no segments then; OFA); all its embeddings;
+    all but self-attention with the cross-attention fusion (BLIP: cross-attention and feed-forward of layer n are the
+    fusion's)."""
+    untied: UntiedConfig | None = None
+    """Positions that attention reads apart from the content, of words and of the memory, whose fusion has them too
+    (OFA); none = what the embeddings add."""
     memory: Literal["image", "text", "both"] = "image"
     """What it reads of a fused memory: its text side (ALBEF's VQA decoder), its image side, or the image's tokens and
     the text's behind them (SimVLM)."""
@@ -53,7 +60,8 @@ class Decoder(nn.Module):
         self.config, stack = config, config.stack
         self.width = stack.width
         self.embeddings = _embeddings(config.share, stack, text)
-        blocks = [stack.block(memory_width) for _ in range(stack.layers)]
+        scale = None if config.untied is None else untied_scale(stack)
+        blocks = [stack.block(memory_width, scale) for _ in range(stack.layers)]
         for block in blocks:
             initialise(block)
         if config.share == "all_but_self_attention":
@@ -68,13 +76,22 @@ class Decoder(nn.Module):
                     f"cross, {stack.layers} layers and width {stack.width}; change it or share embeddings"
                 )
             for block, theirs in zip(blocks, fusion.blocks, strict=True):
-                for name in ("cross", "cross_norm", "feed", "feed_norm"):
+                for name in ("cross", "cross_norm", "cross_after", "feed", "feed_norm"):
                     setattr(block, name, getattr(theirs, name))
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = stack.new_norm()
         self.buckets = stack.form.new_buckets(stack.heads, both_ways=False)
         if self.buckets is not None:
             initialise(self.buckets)
+        self.untied: UntiedPositions | None = None
+        if config.untied is not None:
+            if not isinstance(fusion, SingleStream) or fusion.untied is None:
+                raise ValueError(
+                    "model.decoder.untied reads the places of a memory, which model.fusion.kind single_stream with "
+                    "untied gives; set that too, or model.decoder.untied none"
+                )
+            self.untied = UntiedPositions(config.untied, stack, None)
+            self.cross_positions = CrossPositions(stack, fusion.text_width)
 
     @property
     def word_embedding(self) -> nn.Parameter:
@@ -95,12 +112,23 @@ class Decoder(nn.Module):
         if self.buckets is not None:
             mask = with_bias(mask, self.buckets(states.shape[1], states.shape[1]))
         every = [states]
-        memory_mask = self._memory_mask(memory, memory_index)
-        for block in self.blocks:
-            states = block(states, mask, memory=memory.states, memory_index=memory_index, memory_mask=memory_mask)
+        biases, on_memory = self._biases(memory, 0, texts.ids.shape[1])
+        memory_mask = with_bias(self._memory_mask(memory, memory_index), on_memory)
+        read = {"memory": memory.states, "memory_index": memory_index, "memory_mask": memory_mask}
+        for block, bias in zip(self.blocks, biases, strict=True):
+            states = block(states, with_bias(mask, bias), **read)
             every.append(states)
         states = self.final_norm(states)
         return Tokens(states, texts.keep, states[:, 0], tuple(every) if layers else None)
+
+    def _biases(self, memory: Tokens, first: int, length: int) -> tuple[Sequence[Tensor | None], Tensor | None]:
+        """Biases of the words from ``first`` on: on all ``length`` words, a block each, and on the memory."""
+        if self.untied is None:
+            return [None] * len(self.blocks), None
+        assert memory.positions is not None, "checked when the model is built"
+        positions = self.untied(0, length)
+        own = [bias[:, :, first:] for bias in self.untied.biases(positions, 0)]
+        return own, self.cross_positions(positions[:, first:], memory.positions)
 
     def _memory_mask(self, memory: Tokens, index: Tensor | None) -> Tensor | None:
         return None if self.config.reads_padding else attention_mask(gather_keep(memory.keep, index))
@@ -123,16 +151,11 @@ class Decoder(nn.Module):
         mask = mask[:, :, first:]
         if self.buckets is not None:
             mask = with_bias(mask, self.buckets(ids.shape[1], length, first))
-        memory_mask = self._memory_mask(memory, memory_index)
-        states = run_cached(
-            self.blocks,
-            caches,
-            states,
-            mask,
-            memory=memory.states,
-            memory_index=memory_index,
-            memory_mask=memory_mask,
-        )
+        biases, on_memory = self._biases(memory, first, length)
+        memory_mask = with_bias(self._memory_mask(memory, memory_index), on_memory)
+        read = {"memory": memory.states, "memory_index": memory_index, "memory_mask": memory_mask}
+        for block, bias, cache in zip(self.blocks, biases, caches, strict=True):
+            states = block(states, with_bias(mask, bias), cache=cache, **read)
         return self.final_norm(states)
 
 
@@ -142,6 +165,11 @@ def _embeddings(share: str, stack: StackConfig, text: nn.Module) -> TextEmbeddin
     if share == "none":
         own = TextEmbeddings(text.config.model_copy(update={"width": stack.width, "eps": stack.eps}))
         initialise(own)
+        return own
+    if share == "words" and text.config.width == stack.width:
+        own = TextEmbeddings(text.config.model_copy(update={"eps": stack.eps, "segments": 0}))
+        initialise(own)
+        own.word = text.embeddings.word
         return own
     if text.config.width != stack.width:
         raise ValueError(

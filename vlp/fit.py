@@ -23,7 +23,7 @@ def misfits(model: Model, config: ModelConfig) -> list[str]:
     found = [*_modalities(model, needs), *_fusion(model, config, needs)]
     if model.decoder is not None and not any(isinstance(one, Decode) for one in needs):
         found.append(f"no objective of {_names(model)} uses model.decoder; add lm, or set model.decoder none")
-    return [*found, *_unmade_texts(model), *_fused_passes(model, config)]
+    return [*found, *_unmade_texts(model), *_untied(model, needs), *_fused_passes(model, config)]
 
 
 def _names(model: Model) -> list[str]:
@@ -71,6 +71,17 @@ def _fusion(model: Model, config: ModelConfig, needs: frozenset[Pass]) -> list[s
             "add itm or mlm, or set model.fusion.kind none"
         )
     return found
+
+
+def _untied(model: Model, needs: frozenset[Pass]) -> list[str]:
+    """A decoder that reads places of tokens which come straight from an encoder, and so have none."""
+    read = {one.memory.modality for one in needs if isinstance(one, Decode) and isinstance(one.memory, Encode)}
+    if getattr(model.decoder, "untied", None) is None or all(model.is_tower(modality) for modality in read):
+        return []
+    return [
+        "model.decoder.untied reads the places of what the fusion has read, but an objective lets the decoder read the "
+        "image encoder alone; set that objective's memory to fused, or model.decoder.untied none"
+    ]
 
 
 def _fused_passes(model: Model, config: ModelConfig) -> list[str]:

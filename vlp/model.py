@@ -38,6 +38,7 @@ from vlp.embed import EmbedConfig, EmbedGradients, EmbedSpace
 from vlp.fit import misfits
 from vlp.fusion import Fusion, NoFusionConfig
 from vlp.fusion.multiway import MultiwayConfig
+from vlp.fusion.single import SingleStreamConfig
 from vlp.model_config import ModelConfig
 from vlp.multimodal import AnyDecoder
 from vlp.parts import part_seed, share_head
@@ -78,6 +79,9 @@ class Model(nn.Module):
                 widths = self.vision.width, self.text.width
                 if isinstance(fusion, MultiwayConfig):
                     self.fusion = fusion.build(*widths, reads, getattr(self.vision, "grid", None))
+                elif isinstance(fusion, SingleStreamConfig):
+                    grid = None if fusion.untied is None else getattr(self.vision, "whole_grid", None)
+                    self.fusion = fusion.build(*widths, reads, grid)
                 else:
                     self.fusion = fusion.build(*widths, reads)
         with part_seed(seed, "decoder"):

@@ -7,17 +7,17 @@ Shapes: B images, T texts, M fused rows, N image tokens, L text length, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from encoders.types import AttentionKind, Batch, Images, Modality, Texts, Tokens
 from objectives.base import MAIN, WHOLE, Decode, Embed, Encode, Fuse, Fused, Objective, Pass, Results, Rows
-from objectives.collectives import gather_grad_to_all, gather_no_grad, world_size
+from objectives.collectives import world_size
+from vlp.fusion.rows import beside, concatenate, gather_tokens, pad_to, split, take
 from vlp.multimodal import Multimodal
 
 if TYPE_CHECKING:
@@ -273,12 +273,12 @@ class Step:
                 if index is None and len(group) > 1:
                     index = torch.arange(sizes[-1], device=own.device)
                 indices.append(None if index is None else index + first[one.image, rows.everywhere])
-        text_rows = _concatenate(parts)
+        text_rows = concatenate(parts)
         index = None if not indices or indices[0] is None else torch.cat([i for i in indices if i is not None])
         fused = self.model.fusion(
             image, text_rows, index, kind, torch.cat(prefixes) if prefixes else None, layers=self.layers
         )
-        return _split(fused, sizes, [part.states.shape[1] for part in parts] or [None] * len(sizes))
+        return split(fused, sizes, [part.states.shape[1] for part in parts] or [None] * len(sizes))
 
     def _stack_images(self, names: list[tuple[str, bool]]) -> tuple[Tokens | None, dict[tuple[str, bool], int]]:
         """Lay the images of all views, own or of all ranks, behind each other; return them and each one's first row."""
@@ -288,7 +288,7 @@ class Step:
             if name not in first:
                 first[name] = sum(part.states.shape[0] for part in parts)
                 parts.append(self._candidates("image", *name))
-        return _concatenate(parts), first
+        return concatenate(parts), first
 
     def _candidates(self, modality: Modality, view: str, everywhere: bool, first: int | None = None) -> Tokens:
         """What the fusion reads of this rank's, or of all ranks', images or texts."""
@@ -322,79 +322,9 @@ def memory_of(source: Tokens | Fused, side: str) -> Tokens:
     if isinstance(source, Tokens):
         return source
     if side == "both" and source.image is not None and source.text is not None:
-        return _beside(source.image, source.text)
+        return beside(source.image, source.text)
     lone = side == "both" and source.image is None  # a text alone
     tokens = source.text if side == "text" or lone else source.image
     if tokens is None:
         raise ValueError(f"model.decoder.memory {side}: the fusion gives no {side} states; use the other side")
     return tokens
-
-
-def _beside(first: Tokens, second: Tokens) -> Tokens:
-    """Tokens [M, N, D] and [M, L, D] -> [M, N + L, D]."""
-    keeps = [
-        one.states.new_ones(one.states.shape[:2], dtype=torch.bool) if one.keep is None else one.keep
-        for one in (first, second)
-    ]
-    return Tokens(torch.cat([first.states, second.states], 1), torch.cat(keeps, 1), first.pooled)
-
-
-def take(tokens: Tokens, index: Tensor) -> Tokens:
-    """Return the rows ``index`` [M] of tokens."""
-    keep = None if tokens.keep is None else tokens.keep.index_select(0, index)
-    return Tokens(tokens.states.index_select(0, index), keep, tokens.pooled.index_select(0, index))
-
-
-def pad_to(tokens: Tokens, length: int | None) -> Tokens:
-    """Pad tokens [B, L, D] to a length.
-
-    Raises:
-        ValueError: there is no such length.
-    """
-    if length is None:
-        raise ValueError("objectives.itm.candidates global needs model.text.max_length; use model.text.kind text")
-    more = length - tokens.states.shape[1]
-    keep = tokens.states.new_ones(tokens.states.shape[:2], dtype=torch.bool) if tokens.keep is None else tokens.keep
-    return Tokens(F.pad(tokens.states, (0, 0, 0, more)), F.pad(keep, (0, more)), tokens.pooled)
-
-
-def gather_tokens(tokens: Tokens, sizes: Sequence[int] | None) -> Tokens:
-    """Return the tokens of all ranks, in rank order; their gradients flow back to their own rank."""
-    keep = None if tokens.keep is None else gather_no_grad(tokens.keep.to(torch.uint8), sizes).bool()
-    return Tokens(gather_grad_to_all(tokens.states, sizes), keep, gather_grad_to_all(tokens.pooled, sizes))
-
-
-def _concatenate(parts: list[Tokens]) -> Tokens | None:
-    if not parts:
-        return None
-    if len(parts) == 1:
-        return parts[0]
-    longest = max(part.states.shape[1] for part in parts)
-    states = torch.cat([F.pad(part.states, (0, 0, 0, longest - part.states.shape[1])) for part in parts])
-    keep = None
-    if any(part.keep is not None or part.states.shape[1] < longest for part in parts):
-        keeps = [
-            part.states.new_ones(part.states.shape[:2], dtype=torch.bool) if part.keep is None else part.keep
-            for part in parts
-        ]
-        keep = torch.cat([F.pad(k, (0, longest - k.shape[1])) for k in keeps])
-    return Tokens(states, keep, torch.cat([part.pooled for part in parts]))
-
-
-def _split(fused: Fused, sizes: Sequence[int], lengths: Sequence[int | None]) -> list[Fused]:
-    if len(sizes) == 1:
-        return [fused]
-    found, first = [], 0
-    for size, length in zip(sizes, lengths, strict=True):
-        rows = slice(first, first + size)
-        found.append(Fused(_slice(fused.image, rows), _slice(fused.text, rows, length), fused.pooled[rows]))
-        first += size
-    return found
-
-
-def _slice(tokens: Tokens | None, rows: slice, length: int | None = None) -> Tokens | None:
-    if tokens is None:
-        return None
-    keep = None if tokens.keep is None else tokens.keep[rows, :length]
-    layers = None if tokens.layers is None else tuple(x[rows, :length] for x in tokens.layers)
-    return Tokens(tokens.states[rows, :length], keep, tokens.pooled[rows], layers)

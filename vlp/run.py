@@ -13,6 +13,7 @@ from pydantic import Field
 from encoders import RegionConfig, TextConfig
 from objectives import ObjectiveConfig
 from vlp.config import Config
+from vlp.data.instruct import check_instructions
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, decode_texts, open_reader
 from vlp.data.sources import MAIN
@@ -58,13 +59,14 @@ def settle(run: R) -> R:
     """Fill what one part of the tree takes from another: the transform's image size is the vision encoder's.
 
     Raises:
-        ValueError: the tree states the two differently.
+        ValueError: the tree states the two differently, or instructions write boxes that would move.
     """
     if isinstance(run.model.text, TextConfig) and run.data.max_length > run.model.text.max_length:
         raise ValueError(
             f"data.max_length {run.data.max_length} is more than model.text.max_length {run.model.text.max_length}; "
             "lower the first or raise the second"
         )
+    check_instructions(run.data)
     if isinstance(run.model.vision, RegionConfig):
         return run
     if run.data.whole_region:

@@ -47,6 +47,7 @@ SMALL: dict[str, Callable[[Any], Any]] = {
 SMALL_GRIDS: dict[str, dict[str, Any]] = {
     "resnet101.tv_in1k": {"model": "resnet10t", "arguments": {"output_stride": 8}},
     "tf_efficientnet_l2": {"model": "tf_efficientnet_b0"},
+    "resnet101": {"model": "resnet18"},
     "swin_base_patch4_window7_224.ms_in22k": {
         "arguments": {"img_size": 32, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
     },
@@ -60,7 +61,7 @@ def shrink(config: C) -> C:
     for name in type(config).model_fields:
         value = getattr(config, name)
         if isinstance(value, TokenizerConfig):
-            value = TokenizerConfig(size=512)
+            value = TokenizerConfig(size=512, codes=min(value.codes, 9), bins=min(value.bins, 100))
         elif isinstance(value, Config):
             value = shrink(value)
         elif isinstance(value, dict):

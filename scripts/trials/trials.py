@@ -240,6 +240,7 @@ TRIALS: dict[str, Trial] = {
         model={"decoder": {**DECODER["decoder"], "memory": "both"}},
         chance=words,
     ),
+    "infill": Trial({"infill": {}}, model={"decoder": {**DECODER["decoder"], "memory": "both"}}, chance=words),
     "mim, codes": Trial(
         {"mim": {"codes": COLOURS, "mask_share": 0.4, "block": 2, "text": "clean"}}, model=HIDING, chance=codes
     ),

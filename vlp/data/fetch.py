@@ -21,6 +21,7 @@ from vlp.data.asking import ask
 from vlp.data.batch import Example, caption_hash, collate, numbered, stable_hash
 from vlp.data.edits import edit
 from vlp.data.group import Groups, without_images
+from vlp.data.instruct import instructed
 from vlp.data.pairing import pair
 from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
 from vlp.data.regions import RegionArrays, RegionLayout, read_regions
@@ -155,7 +156,7 @@ class Fetch(Dataset[Fetched]):
             original = sample
             if self.config.alternates is not None:
                 sample = self._alternate(sample, self.config.alternates, position, number)
-            one = self.prepare(replace(sample, images=images), self.draw.sample(numbered("example", number), position))
+            one = self._prepared(replace(sample, images=images), position, number, index)
             one = self._paired(replace(one, regions=regions), sample, position, number, index)
             if self.config.prefix is not None or self.config.answer is not None:
                 generator = self.draw.sample(numbered("answer", number), position)
@@ -175,6 +176,14 @@ class Fetch(Dataset[Fetched]):
                 one = replace(one, image_id=image_identity(raw, sample))
             examples.append(replace(one, again=again))
         return examples
+
+    def _prepared(self, sample: Sample, position: int, number: int, index: int) -> Example:
+        """What the task makes of a sample; of pretraining's pairs, question and answer where these are asked for."""
+        generator, wanted = self.draw.sample(numbered("example", number), position), self.config.instruct
+        if wanted is None or self.prepare is not pair_example:
+            return self.prepare(sample, generator)
+        bins = self.config.tokenizer.bins
+        return instructed(wanted, sample, lambda: self._other(position, index), generator, bins)
 
     def _read(self, position: int, index: int) -> tuple[RawSample, list[Sample]]:
         """The sample as stored, and one sample a text to train on; only the first has its images decoded."""

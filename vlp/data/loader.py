@@ -26,6 +26,7 @@ from vlp.data.alike import read_alike
 from vlp.data.edits import EditConfig
 from vlp.data.fetch import Fetch, Fetched, Prepare, Slot
 from vlp.data.group import group_samples
+from vlp.data.instruct import InstructConfig
 from vlp.data.order import Order, rank_slice
 from vlp.data.pairing import PairingConfig
 from vlp.data.reader import Reader
@@ -87,6 +88,8 @@ class DataConfig(Config):
     spans: str | None = None
     """Field with the spans of each caption, lists of [first character, the one behind the last, kind], of which mlm's
     `spans` masks some."""
+    instruct: InstructConfig | None = None
+    """What the encoder is asked and the decoder answers, of each sample's fields (OFA); none = the texts alone."""
     whole_region: bool = False
     """Of a detector's regions: the whole image is one more, the first, with the mean of their features (ViLBERT)."""
     group: str | None = None

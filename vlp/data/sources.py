@@ -17,6 +17,7 @@ from encoders.types import Modality
 from objectives.base import Draw
 from vlp.config import Config
 from vlp.data.batch import stable_hash
+from vlp.data.instruct import InstructConfig
 from vlp.data.order import batch_positions
 from vlp.data.pairing import PairingConfig
 
@@ -56,6 +57,8 @@ class SourceConfig(Config):
     """As data.answer, of this source alone."""
     pairing: PairingConfig | None = None
     """As data.pairing, of this source alone."""
+    instruct: InstructConfig | None = None
+    """As data.instruct."""
     hash: str | None = None
     """Fingerprint that the data must have; written when a run starts."""
 

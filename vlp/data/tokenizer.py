@@ -21,7 +21,7 @@ from encoders.sources import local_source
 from encoders.types import Vocabulary
 from vlp.config import Config, build
 from vlp.data.cleaning import CleanKind, clean_text
-from vlp.data.tokenizer_files import load_backend, sentinels_of
+from vlp.data.tokenizer_files import add_places, load_backend, read_json, sentinels_of
 from vlp.data.wordpiece import train_wordpiece
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,10 @@ class TokenizerConfig(TextRules):
     """Special tokens that get the ids after the last one, in this order (BLIP: [DEC], [ENC])."""
     add_mask: bool = False
     """Give a tokenizer without a token for masked words one, which gets the id after the last (DeCLIP, of CLIP's)."""
+    codes: int = Field(default=0, ge=0)
+    """Words `<code_0>`, `<code_1>`, ... for this many codes of image patches, behind the last word (OFA 8192)."""
+    bins: int = Field(default=0, ge=0)
+    """Words `<bin_0>`, `<bin_1>`, ... for this many places along each side of an image, behind these (OFA 1000)."""
     bos_token: str | int | None = None
     """Token that begins a generated text, or its id; none = the tokenizer's own."""
 
@@ -312,10 +316,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 def _from_folder(folder: Path, asked: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a folder and its rules, those that are ``asked`` for over them."""
-    rules = {**_read_json(folder / _RULES_FILE), **asked}
+    rules = {**read_json(folder / _RULES_FILE), **asked}
     if (folder / OPEN_CLIP_FILE).is_file():
-        return OpenClipTokenizer(build(TextRules, rules), bool(_read_json(folder / OPEN_CLIP_FILE).get("mask")))
-    if config := _read_json(folder / "open_clip_config.json"):
+        return OpenClipTokenizer(build(TextRules, rules), bool(read_json(folder / OPEN_CLIP_FILE).get("mask")))
+    if config := read_json(folder / "open_clip_config.json"):
         return _by_text_config(config.get("model_cfg", {}).get("text_cfg", {}), str(folder), rules, local=True)
     return _from_transformers(str(folder), rules)
 
@@ -323,7 +327,7 @@ def _from_folder(folder: Path, asked: Mapping[str, Any]) -> Tokenizer:
 def _from_transformers(source: str, asked: Mapping[str, Any]) -> TransformersTokenizer:
     backend = load_backend(source)
     # In transformers this class cleans and pads in code of its own, which its tokenizer.json does not hold.
-    named = {_read_json(Path(source) / "tokenizer_config.json").get("tokenizer_class"), type(backend).__name__}
+    named = {read_json(Path(source) / "tokenizer_config.json").get("tokenizer_class"), type(backend).__name__}
     own = {"clean": "siglip", "fixed_length": 64} if "SiglipTokenizer" in named else {}
     return TransformersTokenizer(backend, source, build(TextRules, {**own, **asked}))
 
@@ -360,15 +364,19 @@ def _with_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
         elif isinstance(tokenizer, TransformersTokenizer):
             tokenizer._tokenizer.add_special_tokens({"mask_token": _MASK})
             tokenizer = TransformersTokenizer(tokenizer._tokenizer, config.source, tokenizer.rules)
-    if not config.added_tokens and config.bos_token is None:
+    if not (config.added_tokens or config.codes or config.bins) and config.bos_token is None:
         return tokenizer
     if not isinstance(tokenizer, TransformersTokenizer):
-        raise ValueError(f"data.tokenizer.added_tokens {config.added_tokens}: CLIP's BPE takes none; leave them out")
+        raise ValueError(
+            "data.tokenizer.added_tokens, codes or bins: CLIP's BPE takes no further tokens; leave them out"
+        )
     backend = tokenizer._tokenizer
     known = set(backend.get_vocab())
     backend.add_tokens(list(config.added_tokens), special_tokens=True)
+    places = add_places(backend, config.codes, config.bins)
     # The library counts tokens to find the next id, which is taken if the vocabulary left one out (a word twice).
-    if any(backend.get_vocab()[token] < tokenizer.vocabulary.size for token in {*config.added_tokens} - known):
+    ids = backend.get_vocab()
+    if any(ids[token] < tokenizer.vocabulary.size for token in {*config.added_tokens, *places} - known):
         raise ValueError(
             f"data.tokenizer.added_tokens {config.added_tokens}: '{config.source}' has unused ids among its own; "
             "remove duplicate words from its vocabulary"
@@ -384,14 +392,3 @@ def _with_tokens(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
             )
         backend.bos_token = begin
     return TransformersTokenizer(backend, config.source, tokenizer.rules)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """A file's mapping, {} if there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer: {file} cannot be read: {error}; copy it again") from error
-    return found if isinstance(found, dict) else {}

@@ -215,3 +215,30 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
             raise IndexError(f"field {key >> 3} of {length} bytes ends after the data")
         yield key >> 3, data[place : place + length]
         place += length
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return a file's mapping, {} if there is none.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: {file} cannot be read: {error}; copy it again") from error
+    return found if isinstance(found, dict) else {}
+
+
+def add_places(backend: Any, codes: int, bins: int) -> list[str]:
+    """Give a tokenizer of transformers words for codes of patches and for places along an image's sides; return them.
+
+    They are words, which decoding keeps. The space before one belongs to it, so that nothing stands between two.
+    """
+    from transformers import AddedToken
+
+    places = [f"<code_{number}>" for number in range(codes)] + [f"<bin_{number}>" for number in range(bins)]
+    backend.add_tokens([AddedToken(place, lstrip=True, normalized=False) for place in places])
+    return places

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encoders.layers import ACTIVATIONS, Cache, KeyValues, attention_mask, initialise
+from encoders.layers import ACTIVATIONS, Cache, KeyValues, attention_mask, initialise, with_bias
 from encoders.text import BesideConfig, StackConfig
 from encoders.types import AttentionKind, Tokens
 from objectives.base import MAIN, Fused, Side
@@ -181,6 +181,8 @@ class Multiway(nn.Module):
         self.config, stack = config, config.stack
         if stack.norm != "pre":
             raise ValueError("model.fusion.norm post: multiway has its norms before each branch; remove it")
+        if stack.normformer:
+            raise ValueError("model.fusion.normformer true: multiway has sub_norm in its place; set it to false")
         self.text_width = self.image_width = width = stack.width
         self.image_project = nn.Linear(image_width, width) if image_width != width else nn.Identity()
         self.text_project = nn.Linear(text_width, width) if text_width != width else nn.Identity()
@@ -247,7 +249,7 @@ class Multiway(nn.Module):
         biases = self._biases(num_image, states.shape[1] - num_image)
         every = [states]
         for block, bias in zip(self.blocks, biases, strict=True):
-            states = block(states, num_image, pair, _mask(seen, bias))
+            states = block(states, num_image, pair, with_bias(seen, bias))
             every.append(states)
         if self.final_norm is not None:
             states = self.final_norm(states, num_image)
@@ -262,7 +264,7 @@ class Multiway(nn.Module):
         mask = attention_mask(keep)
         biases = self._biases(num_image, 0)
         for block, bias, cache in zip(self.blocks, biases, caches, strict=True):
-            states = block(states, num_image, True, _mask(mask, bias), cache)
+            states = block(states, num_image, True, with_bias(mask, bias), cache)
         return caches
 
     def step(self, text: Tensor, first: int, num_image: int, caches: list[Cache]) -> Tensor:
@@ -279,8 +281,8 @@ class Multiway(nn.Module):
         assert seen is not None
         seen = seen[:, :, num_image + first :]
         for block, bias, cache in zip(self.blocks, self._biases(num_image, length), caches, strict=True):
-            rows = None if bias is None else bias[:, num_image + first :]
-            states = block(states, 0, True, _mask(seen, rows), cache)
+            rows = None if bias is None else bias[:, :, num_image + first :]
+            states = block(states, 0, True, with_bias(seen, rows), cache)
         return states if self.final_norm is None else self.final_norm(states, 0)
 
     def _join(
@@ -304,7 +306,7 @@ class Multiway(nn.Module):
     def _biases(self, num_image: int, length: int) -> list[Tensor | None]:
         if self.positions is None:
             return [None] * len(self.blocks)
-        return list(self.positions(num_image, length).unbind())
+        return list(self.positions(num_image, length)[:, None].unbind())
 
     def _pool(self, image: Tokens | None, text: Tokens | None) -> Tensor:
         first = [None if side is None else side.pooled for side in (image, text)]
@@ -316,10 +318,3 @@ class Multiway(nn.Module):
         if self.pooler_norm is not None:
             first = [None if one is None else self.pooler_norm(one) for one in first]
         return self.pooler(*first)
-
-
-def _mask(seen: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """Which keys are seen, bool, and a bias on them [H, S, keys] -> one mask for attention."""
-    if bias is None:
-        return seen
-    return bias[None] if seen is None else bias[None].masked_fill(~seen, -torch.inf)

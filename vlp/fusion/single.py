@@ -6,6 +6,7 @@ Shapes: B images, M rows, N image tokens, L text length, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -21,6 +22,7 @@ from objectives.base import Fused, Side
 from vlp.fusion.each import ImagesPerText, fuse_each, image_modality, modality_table, pooled_width
 from vlp.fusion.joined import joined_mask, split_sides
 from vlp.fusion.pooler import Pooler, PoolerKind, add_order, gather_images
+from vlp.fusion.untied import UntiedConfig, UntiedPositions, untied_scale
 
 
 class SingleStreamConfig(BesideConfig):
@@ -47,6 +49,9 @@ class SingleStreamConfig(BesideConfig):
     join_norm: bool = False
     """Layer norm and dropout over all embeddings once they are complete, which then come without their own: a BERT's
     embedding norm (VL-BERT)."""
+    untied: UntiedConfig | None = None
+    """Positions of image cells and words that attention reads apart from the content (TUPE, OFA); none = what the
+    encoders add."""
     mask_text: bool = True
     """Padding of texts is hidden; torchmultimodal's FLAVA, which has no mask here, shows it."""
     pooler: PoolerKind = "tanh"
@@ -61,9 +66,11 @@ class SingleStreamConfig(BesideConfig):
 
     any_form: ClassVar[bool] = True
 
-    def build(self, image_width: int, text_width: int, reads: frozenset[Side]) -> SingleStream:
-        """Build the fusion; ``reads`` says which sides anyone reads."""
-        return SingleStream(self, image_width, text_width, reads)
+    def build(
+        self, image_width: int, text_width: int, reads: frozenset[Side], grid: tuple[int, int] | None = None
+    ) -> SingleStream:
+        """Build the fusion; ``reads`` says which sides anyone reads, ``grid`` is the rows and columns of all images."""
+        return SingleStream(self, image_width, text_width, reads, grid)
 
 
 class SingleStream(nn.Module):
@@ -75,7 +82,14 @@ class SingleStream(nn.Module):
 
     attention_kinds: tuple[AttentionKind, ...] = ("full", "causal", "prefix")
 
-    def __init__(self, config: SingleStreamConfig, image_width: int, text_width: int, reads: frozenset[Side]) -> None:
+    def __init__(
+        self,
+        config: SingleStreamConfig,
+        image_width: int,
+        text_width: int,
+        reads: frozenset[Side],
+        grid: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
         self.config, stack = config, config.stack
         self.text_width = self.image_width = width = stack.width
@@ -103,14 +117,29 @@ class SingleStream(nn.Module):
             )
         self.join_norm = nn.LayerNorm(width, stack.eps) if config.join_norm else None
         self.join_drop = nn.Dropout(stack.dropout if config.join_norm else 0.0)
-        self.blocks = nn.ModuleList(stack.block() for _ in range(stack.layers))
+        scale = None if config.untied is None else untied_scale(stack)
+        self.blocks = nn.ModuleList(stack.block(scale=scale) for _ in range(stack.layers))
         self.final_norm = stack.new_norm()
         self.buckets = stack.form.new_buckets(stack.heads, both_ways=True)
         initialise(self)
         if self.words_see is not None:
             nn.init.constant_(self.words_see.norm.weight, config.words_see_start)
+        self.untied = None if config.untied is None else self._untied(config.untied, grid)
         self.pooler = Pooler(config.pooler, width, width) if "pooled" in reads else None
         self.pooled_width = pooled_width(self.pooler, config.images)
+
+    def _untied(self, config: UntiedConfig, grid: tuple[int, int] | None) -> UntiedPositions:
+        if grid is None:
+            raise ValueError(
+                "model.fusion.untied needs image tokens that are all cells of one grid; use model.vision.kind grid or "
+                "patch, with no part of them drawn or pooled (sample, patch_drop, queries), or set it to none"
+            )
+        if self.config.images != "one" or self.config.class_token:
+            raise ValueError(
+                "model.fusion.untied has places for one image and the text alone; set model.fusion.images to one and "
+                "class_token to false, or it to none"
+            )
+        return UntiedPositions(config, self.config.stack, grid)
 
     def load_pretrained(self) -> None:
         """Fill the blocks from ``config.init``, where the recipe names one."""
@@ -154,12 +183,20 @@ class SingleStream(nn.Module):
             states = states + self.modality.weight[1]
         states = self._joined(states)
         mask, past = attention_mask(keep), caches[0].past
+        first = 0 if past is None else past.keys.shape[2] - num_image
         if self.buckets is not None and past is not None:
-            first = past.keys.shape[2] - num_image
             mask = with_bias(mask, F.pad(self.buckets(1, first + 1, first), (num_image, 0)))
-        for block, cache in zip(self.blocks, caches, strict=True):
-            states = block(states, mask, cache=cache)
+        biases, _ = self._positions(num_image, first + 1)
+        for block, bias, cache in zip(self.blocks, biases, caches, strict=True):
+            states = block(states, with_bias(mask, None if bias is None else bias[:, :, -1:]), cache=cache)
         return self.final_norm(states)
+
+    def _positions(self, num_image: int, length: int) -> tuple[Sequence[Tensor | None], Tensor | None]:
+        """Bias of every block on attention, [1, H, S, S] each, and the positions [1, S, D] that they are made of."""
+        if self.untied is None:
+            return [None] * len(self.blocks), None
+        positions = self.untied(num_image, length)
+        return self.untied.biases(positions, num_image), positions
 
     def _fuse(
         self,
@@ -203,12 +240,16 @@ class SingleStream(nn.Module):
             mask = with_bias(mask, F.pad(self.buckets(length, length), (num_image, 0, num_image, 0)))
         states = self._joined(torch.cat(parts, 1))
         every = [states]
-        for place, block in enumerate(self.blocks):
-            states = block(states, mask, cache=None if caches is None else caches[place])
+        biases, positions = self._positions(num_image, states.shape[1] - num_image)
+        for place, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
+            states = block(states, with_bias(mask, bias), cache=None if caches is None else caches[place])
             every.append(states)
         states = self.final_norm(states)
         kept = tuple(every) if layers else None
         image, text = split_sides(states, keep, num_image, image is not None, text is not None, kept)
+        if positions is not None:
+            image = None if image is None else replace(image, positions=positions[:, :num_image])
+            text = None if text is None else replace(text, positions=positions[:, num_image:])
         return Fused(image, text, self._pool(states, image, text))
 
     def _joined(self, states: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def test_blips_two_tokens(tmp_path):
     same_again(tokenizer, tmp_path / "saved")
     with pytest.raises(ValueError, match=r"bos_token '\[DEC\]' is not in the vocabulary"):
         build(file, bos_token="[DEC]")
-    with pytest.raises(ValueError, match="takes none"):
+    with pytest.raises(ValueError, match="takes no further tokens"):
         build("open_clip:ViT-B-32", **blip)
     with pytest.raises(ValueError, match="remove duplicate words"):
         build(GOLDENS / "wordpiece_vocab.txt", **blip)
