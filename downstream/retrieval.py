@@ -10,6 +10,7 @@ print, and i2t_mean, the fraction of its captions that are found.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -63,6 +64,9 @@ class RetrievalConfig(TaskConfig):
     """Data to choose the weight on, other than what is evaluated, in the forms of data.val."""
     weight_where: dict[str, Any] = Field(default_factory=dict)
     """Only samples of weight_data whose fields have these values, as {split: val}."""
+    weight_among: dict[str, Any] | None = None
+    """Samples of weight_data among which those of weight_where are sought, as {split: [train, val]}; none = themselves.
+    The best weight depends on the size of the gallery: let it be like that of what is evaluated."""
     weights: tuple[float, ...] = Field(WEIGHTS, min_length=1)
     """Weights to choose from."""
     weight_unit: Literal["logit", "cosine"] = "logit"
@@ -213,19 +217,29 @@ class RetrievalConfig(TaskConfig):
         other = open_reader(spec, image=data.image, text=data.text, root=data.root, where=self.weight_where)
         if other.fingerprint == reader.fingerprint:
             return None, "w cannot be chosen on what is evaluated, so no sum; name other data with --task.weight-data"
-        weight = self.find_weight(parts, other)
+        among, asking = other, None
+        if self.weight_among is not None:
+            among = open_reader(spec, image=data.image, text=data.text, root=data.root, where=self.weight_among)
+            asking = _keys(other)
+        weight = choose_weight(self.find(parts, among), self.weights, asking)
         name = spec if isinstance(spec, str) else ", ".join(spec)
-        return weight, f"w = {weight:g}, chosen on {len(other)} samples of {name} {self.weight_where or ''}".rstrip()
-
-    def find_weight(self, parts: Parts, reader: Reader) -> float:
-        """Choose the weight of the ITC logit from ``weights`` on validation data."""
-        return choose_weight(self.find(parts, reader), self.weights)
+        source = f"w = {weight:g}, chosen on {len(other)} samples of {name} {self.weight_where or ''}".rstrip()
+        return weight, source if among is other else f"{source}, sought among {len(among)}"
 
     def _tables(self, found: Found, scorings: Mapping[str, float | None]) -> dict[str, float]:
         """The metrics of each scoring under its name, and of the last one without a prefix."""
         tables = {name: _metrics(found, weight) for name, weight in scorings.items()}
         prefixed = {f"{name}/{metric}": value for name, table in tables.items() for metric, value in table.items()}
         return list(tables.values())[-1] | prefixed
+
+
+def _keys(reader: Reader) -> set[str]:
+    """Keys of all samples that can be read."""
+    keys = set()
+    for index in range(len(reader)):
+        with suppress(BadSample):
+            keys.add(reader[index].key)
+    return keys
 
 
 def _metrics(found: Found, weight: float | None) -> dict[str, float]:

@@ -119,14 +119,22 @@ class Found:
     """Samples that could not be used: key -> reason."""
 
 
-def choose_weight(found: Found, grid: Sequence[float]) -> float:
+def choose_weight(found: Found, grid: Sequence[float], asking: Collection[str] | None = None) -> float:
     """Return the weight of the ITC logit with the best mean reciprocal rank over both directions, the first of equals.
 
     Recall is too coarse for this on a small validation set.
+
+    Args:
+        found: both directions over a gallery for which the answers are known.
+        grid: weights to choose from.
+        asking: keys of the images whose queries, and whose texts' queries, count; None = all.
     """
+    gallery = found.gallery
+    images = torch.tensor([asking is None or key in asking for key in gallery.image_keys])
+    sides = (found.i2t, images), (found.t2i, images[gallery.image_of_text])
 
     def quality(weight: float) -> float:
-        return sum((1 / one.ranked(weight)[2].double()).mean().item() for one in (found.i2t, found.t2i))
+        return sum((1 / one.ranked(weight)[2][mine].double()).mean().item() for one, mine in sides)
 
     return max(grid, key=quality)
 

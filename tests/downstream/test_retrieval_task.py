@@ -240,6 +240,17 @@ def test_choose_weight_by_reciprocal_rank():
     assert choose_weight(found, (0.0, 0.6, 0.8, 5.0)) == 0.6
 
 
+def test_weight_is_chosen_by_those_that_ask_among_others():
+    """Of two images ITM alone finds the first, ITC alone the second; the weight is that of the one that asks."""
+    itm, itc = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    index, true = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[True, False], [False, True]])
+    one = Candidates(index, itc, itm, torch.tensor([2, 1]), true)
+    found = Found(make_gallery(2, [1, 1]), one, one, {})
+    first, second = found.gallery.image_keys
+    assert choose_weight(found, (0.0, 5.0), {first}) == 0.0
+    assert choose_weight(found, (0.0, 5.0), {second}) == 5.0
+
+
 def test_a_model_without_embeddings_matches_all_pairs():
     model, gallery = tiny_model("single_stream", {"itm": ItmConfig(scheme="replace_image")}), make_gallery(6, [2])
     found = RetrievalConfig().search(model, gallery, {})
@@ -345,7 +356,8 @@ def test_training_beats_chance_and_the_weight_comes_from_other_data(tmp_path):
         "train": {**TRAIN, "samples": 2400, "global_batch": 16},
         "model": loaded.config.model.model_dump(),
     }
-    task = build(RetrievalConfig, {"weight_data": str(other)})
+    asking = {"caption": f"a {next(iter(FILLINGS))} {next(iter(COLORS))} square"}
+    task = build(RetrievalConfig, {"weight_data": str(other), "weight_where": asking, "weight_among": {}})
     run = task.adapt(build(RunConfig, tree, {"objectives": {"itc": {}}}), loaded.config.objectives, None)
     parts = assemble(run, tokenizer=loaded.tokenizer, pretrained=False)
     reader = open_reader(str(table))
@@ -363,7 +375,7 @@ def test_training_beats_chance_and_the_weight_comes_from_other_data(tmp_path):
     assert after.metrics.keys() >= after.floors["chance"].keys() >= {"i2t/R@1", "t2i/R@1", "ITC/t2i/R@5", "rSum"}
     assert after.metrics["ITC/t2i/R@1"] > max(0.7, before.metrics["ITC/t2i/R@1"])
     assert after.metrics["t2i/R@1"] == after.metrics[f"{SUM}/t2i/R@1"] > 4 * after.floors["chance"]["t2i/R@1"]
-    assert any("chosen on 8 samples" in note for note in after.notes)
+    assert any("chosen on 1 samples" in note and "sought among 8" in note for note in after.notes)
     row = next(row for row in after.predictions if row["direction"] == "t2i")
     assert row["ranks"][SUM] == row["found"].index(row["true"][0]) + 1
     assert len(row["scores"]) == 8 and row["scores"] == sorted(row["scores"], reverse=True)
