@@ -115,7 +115,7 @@ def test_files_that_cannot_be_compared(tmp_path, rows, message):
 
 def test_on_the_command_line(tmp_path, capsys):
     a, b = write(tmp_path / "a.jsonl", answers("1100")), write(tmp_path / "b.jsonl", answers("1110", "[new] "))
-    out = tmp_path / "out.json"
+    out = tmp_path / "new" / "out.json"
     assert main(["evaluate", "--predictions", str(a), str(b), "--out", str(out), "--quiet"]) == 0
     printed = capsys.readouterr().out
     assert "+0.2500" in printed and "[new] 2" in printed and json.loads(out.read_text())["samples"] == 4

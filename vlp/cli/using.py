@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from vlp.config import Config
 
 logger = logging.getLogger(__name__)
+
+LONGEST = 80
+"""Letters that the task's settings have in a folder's name; of longer ones there is a hash."""
 
 
 def evaluate_arguments(parser: Parser) -> None:
@@ -78,8 +83,8 @@ def evaluate(arguments: Arguments, config: Any) -> None:
 
     if arguments.predictions is not None:
         return compare_predictions(arguments)
+    folder = arguments.out or own_folder(config, arguments.average)
     config = with_columns(config)
-    folder = arguments.out or own_folder(config)
     with process_group(pick_device(arguments.device)):
         result = evaluation.evaluate(config, arguments.loaded, folder, command=arguments.command)
         if arguments.submission is not None:
@@ -96,16 +101,40 @@ def with_columns(config: Any, *, labelled: bool = True) -> Any:
     return config.model_copy(update={"task": task, "data": data})
 
 
-def name_of(config: Any) -> str:
-    """Return task, checkpoint and data in one word, by which results are told apart."""
+def name_of(config: Any, average: bool | None = None) -> str:
+    """Return task, checkpoint, data and what of the task is set otherwise in one word, by which results are told apart.
+
+    Args:
+        config: as the user asked for it.
+        average: which weights were asked for.
+    """
     specs = [config.data.val] if isinstance(config.data.val, str) else list(config.data.val or ["held-out"])
     where = config.data.where if config.data.val_where is None else config.data.val_where
     words = [config.task.kind, Path(config.checkpoint).name, *(Path(spec).stem for spec in specs[:2])]
     words += [f"{name}={value}" for name, value in (where or {}).items()]
+    words += [] if average is None else ["average" if average else "last"]
+    settings = [f"{name}={value}" for name, value in changed(config.task)]
+    words += settings if len("-".join(settings)) <= LONGEST else [sha256(repr(settings).encode()).hexdigest()[:8]]
     return re.sub(r"[^\w=.-]+", "_", "-".join(words))
 
 
-def own_folder(config: Any) -> Path:
+def changed(config: Config) -> Iterator[tuple[str, Any]]:
+    """Yield the settings that are not the default, by dotted name; not those that change the speed alone."""
+
+    def flat(tree: Any, at: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(tree, dict):
+            for name, value in tree.items():
+                yield from flat(value, f"{at}.{name}" if at else name)
+        else:
+            yield at, tree
+
+    known = dict(flat(type(config)().model_dump(mode="json"), ""))
+    for name, value in flat(config.model_dump(mode="json"), ""):
+        if known.get(name) != value and name not in ("batch", "pairs"):
+            yield name, value
+
+
+def own_folder(config: Any, average: bool | None = None) -> Path:
     """Return where an evaluation goes that was told nothing else.
 
     Raises:
@@ -113,7 +142,7 @@ def own_folder(config: Any) -> Path:
     """
     from downstream.evaluate import RESULT
 
-    folder = Path("runs") / name_of(config)
+    folder = Path("runs") / name_of(config, average)
     if (folder / RESULT).is_file():
         found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         there = [found.get("checkpoint", {}).get("source"), found.get("data", {}).get("val")]
@@ -131,6 +160,7 @@ def compare_predictions(arguments: Arguments) -> None:
     for table in paired.comparison_tables(a, b, found):
         print_result(table)
     if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(paired.comparison_json(a, b, found), indent=1) + "\n", encoding="utf-8")
 
 
@@ -140,8 +170,8 @@ def predict(arguments: Arguments, config: Any) -> None:
     from objectives.collectives import rank
     from vlp.train.distributed import pick_device, process_group
 
+    path = arguments.out or Path("runs") / f"{name_of(config, arguments.average)}.jsonl"
     config = with_columns(config, labelled=False)
-    path = arguments.out or Path("runs") / f"{name_of(config)}.jsonl"
     with process_group(pick_device(arguments.device)):
         number = evaluation.predict(config, arguments.loaded, path)
         if arguments.submission is not None and rank() == 0:  # which alone has written the predictions
