@@ -30,11 +30,15 @@ PARTS = {
 
 def open_table(data: DataConfig, spec: str | tuple[str, ...] | None) -> TableReader | None:
     """Return the first table of a data set with all its columns as fields; None where it is no table."""
-    first = spec if spec is None or isinstance(spec, str) else (spec[0] if spec else None)
+    first = next(iter(_specs(spec)), None)
     if first is None or not (Path(first).suffix in TABLE_SUFFIXES or list(Path(first).glob("metadata.*"))):
         return None  # shards are not opened only to see that they are none
     reader: Reader = open_reader(first, image=(), text="", root=data.root)
     return reader if isinstance(reader, TableReader) else None
+
+
+def _specs(spec: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (spec,) if isinstance(spec, str) else spec or ()
 
 
 def guess_columns(
@@ -95,13 +99,21 @@ class NamedSplit:
 
 
 def named_split(data: DataConfig) -> NamedSplit | None:
-    """Return the split that a column of the training table names; None without one."""
-    if data.where is not None or (table := open_table(data, data.train)) is None:
-        return None
-    column = first_known(list(table[0].fields), SPLIT_COLUMNS)
+    """Return the split that a column of the training tables, which all must have it, names; None without one."""
+    tables = [open_table(data, one) for one in _specs(data.train)] if data.where is None else []
+    found: set[str] = set()
+    column: str | None = None
+    for table in tables:
+        names = [] if table is None else list(table[0].fields)
+        own = first_known(names, SPLIT_COLUMNS) if column is None else column
+        if table is None or own is None or own not in names:
+            if column is not None:
+                logger.warning("a split is named by column '%s' of some tables only, and not taken", column)
+            return None
+        column = own
+        found |= {str(table[index].fields.get(column)) for index in range(len(table))}
     if column is None:
         return None
-    found = {str(table[index].fields.get(column)) for index in range(len(table))}
     named = {part: [name for name in found if name.strip().lower() in known] for part, known in PARTS.items()}
     filters: Mapping[str, dict[str, Any]] = {part: {column: sorted(names)} for part, names in named.items() if names}
     if "train" not in filters or len(filters) < 2:

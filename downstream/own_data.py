@@ -113,4 +113,6 @@ def look_at(run: FinetuneConfig, train: Reader, val: Reader) -> None:
             )
         one.refuse(run.data.bad_samples)
     if leaking := leaks(found["train"], found["val"]):
-        logger.warning("%d images of data.val are in data.train too, as %s", len(leaking), leaking[0])
+        first = leaking[0]
+        words = "%d images of data.val are in data.train too: sample %s of data.val shows %s; vlp data check names all"
+        logger.warning(words, len(leaking), first.keys[0], first.detail)

@@ -16,12 +16,16 @@ import vlp
 from downstream.captioning import CaptioningConfig
 from downstream.choose import ALL, Measured, choose, given, measure
 from downstream.columns import guess_columns, named_split
+from downstream.evaluate import EvaluateConfig
+from downstream.finetune_config import FinetuneConfig
 from downstream.forgetting import transplanted
+from downstream.own_data import look_at
 from downstream.selection import Selection
 from downstream.task import Result
 from downstream.vqa import VqaConfig
 from vlp.checkpoint.native import find_checkpoint
 from vlp.cli import main
+from vlp.cli.using import name_of
 from vlp.config import build
 from vlp.data.fetch import pair_example
 from vlp.data.loader import DataConfig
@@ -228,6 +232,42 @@ def test_a_split_that_the_table_names_is_taken(tmp_path, caplog):
     assert named_split(DataConfig(train=str(table), where={"split": "train"})) is None
     other = toys.write_table(tmp_path / "o.csv", [{"image": "0.png", "caption": "x", "split": "a"}])
     assert named_split(DataConfig(train=str(other))) is None
+    row = {"image": "0.png", "caption": "y"}
+    one, two = (
+        str(toys.write_table(tmp_path / f"{part}.csv", [row | {"split": part}])) for part in ("training", "valid")
+    )
+    found = named_split(DataConfig(train=(one, two)))
+    assert found is not None and (found.train, found.val) == ({"split": ["training"]}, {"split": ["valid"]})
+    assert named_split(DataConfig(train=one)) is None, "of one part alone there is no split"
+    for filters, number in ((found.train, 1), (found.val, 1), (None, 2)):
+        assert len(open_reader((one, two), where=filters)) == number, "a table may have nothing of a part"
+    with pytest.raises(ValueError, match="matches no sample"):
+        open_reader((one, two), where={"split": "test"})
+    plain = str(toys.write_table(tmp_path / "plain.csv", [row]))
+    assert named_split(DataConfig(train=(str(table), plain))) is None
+    assert "named by column 'split' of some tables only" in caplog.text
+
+
+def test_what_leaks_is_said_by_a_sample(place, tmp_path, caplog):
+    row = {"image": toys.picture(tmp_path / "red.png", "red"), "caption": "a plain red square"}
+    one, two = (toys.write_table(tmp_path / f"{name}.csv", [row]) for name in ("one", "two"))
+    run = FinetuneConfig(task=CaptioningConfig(), data=DataConfig(train=str(one), val=str(two)))
+    look_at(run, open_reader(str(one)), open_reader(str(two)))
+    said = "1 images of data.val are in data.train too: sample 0 of data.val shows the image of 0 in train; "
+    assert said in caplog.text
+
+
+def test_evaluations_of_other_settings_go_elsewhere():
+    def name(average=None, **task):
+        tree = {"task": {"kind": "captioning", **task}, "checkpoint": "runs/a", "data": {"val": "my/test.csv"}}
+        return name_of(build(EvaluateConfig, tree), average)
+
+    assert name() == name(batch=3) == "captioning-a-test"
+    assert name(generation={"method": "greedy"}) == "captioning-a-test-generation.method=greedy"
+    assert name(average=False) == "captioning-a-test-last"
+    long = {"generation": {"method": "nucleus", "top_p": 0.5, "max_length": 9}, "neighbours": 5, "java": ()}
+    names = {name(), name(**long), name(**long | {"neighbours": 6})}
+    assert len(names) == 3 and max(map(len, names)) <= 100
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from vlp.data.decode import decode_image
 from vlp.data.easy_vqa import SCHEME as EASY_VQA
 from vlp.data.easy_vqa import EasyVqaReader
 from vlp.data.lines import LINES_SUFFIX, LinesReader
-from vlp.data.records import IMAGE_EXTENSIONS, TEXT_FIELDS, BadSample, OnDisk, RawSample, Reader, digest
+from vlp.data.records import IMAGE_EXTENSIONS, TEXT_FIELDS, BadSample, NothingLeft, OnDisk, RawSample, Reader, digest
 from vlp.data.shards import ShardReader
 from vlp.data.table import TABLE_SUFFIXES, FolderReader, TableReader
 
@@ -74,7 +75,7 @@ def open_reader(
     if all(is_shards(name) for name in specs):
         return _without_columns(ShardReader(specs, where), root)
     if len(specs) > 1:
-        return ConcatReader([open_reader(name, image=image, text=text, root=root, where=where) for name in specs])
+        return _concat([partial(open_reader, name, image=image, text=text, root=root, where=where) for name in specs])
     if specs[0].startswith(EASY_VQA):
         return EasyVqaReader(specs[0].removeprefix(EASY_VQA), where)
     path = Path(specs[0])
@@ -99,6 +100,19 @@ def open_reader(
         known = ", ".join((".tar", *TABLE_SUFFIXES))
         raise ValueError(f"data: '{path}' is neither a folder nor a file ending in {known}; check the path")
     return TableReader(path, image, text, root, where)
+
+
+def _concat(opened: Sequence[Callable[[], Reader]]) -> Reader:
+    """The readers behind each other; one of which a filter leaves nothing is left out, unless that is so of all."""
+    readers, empty = [], []
+    for each in opened:
+        try:
+            readers.append(each())
+        except NothingLeft as error:
+            empty.append(error)
+    if not readers:
+        raise empty[0]
+    return ConcatReader(readers)
 
 
 def _resolve(name: str) -> list[str]:

@@ -164,9 +164,13 @@ def matches(fields: Mapping[str, Any], where: Mapping[str, Any]) -> bool:
     return True
 
 
-def nothing_left(source: str, where: Mapping[str, Any], known: Iterable[str]) -> ValueError:
+class NothingLeft(ValueError):  # noqa: N818 - named for what it says
+    """No sample of a data set passes its filter."""
+
+
+def nothing_left(source: str, where: Mapping[str, Any], known: Iterable[str]) -> NothingLeft:
     """The error for a filter that no sample passes."""
-    return ValueError(
+    return NothingLeft(
         f"where: {dict(where)} matches no sample of {source}; fields there: {', '.join(sorted(known)) or 'none'}"
     )
 
