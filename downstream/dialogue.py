@@ -283,12 +283,8 @@ class DialogueConfig(TaskConfig):
         assert name is not None
         memory, found = self._memory(parts, group), []
         for row, (_, asked) in enumerate(group):
-            scores = score_texts(parts, memory, row, asked.options, name, self.pairs)
-            if self.per_word:
-                words = parts.tokenizer
-                length = [len(words.encode(option, parts.run.data.max_length)[0]) - 1 for option in asked.options]
-                scores = scores / torch.tensor(length)
-            found.append(scores)
+            scores, words = score_texts(parts, memory, row, asked.options, name, self.pairs)
+            found.append(scores / words if self.per_word else scores)
         return found
 
     def _memory(self, parts: Parts, group: Sequence[Asked]) -> Tokens:
@@ -309,8 +305,11 @@ class DialogueConfig(TaskConfig):
 
 
 @torch.no_grad()
-def score_texts(parts: Parts, memory: Tokens, row: int, texts: Sequence[str], objective: str, most: int) -> Tensor:
-    """Return the log-probability [A] of each text as the decoder's answer to one memory row, float32 on the CPU.
+def score_texts(
+    parts: Parts, memory: Tokens, row: int, texts: Sequence[str], objective: str, most: int
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probability [A] of each text as the decoder's answer to one memory row, and of how many words
+    (the end among them) it is the sum [A]; float32 on the CPU.
 
     Args:
         parts: a model with a decoder.
@@ -325,7 +324,7 @@ def score_texts(parts: Parts, memory: Tokens, row: int, texts: Sequence[str], ob
     words, device = parts.tokenizer, parts.model.device
     view = writer.views[writer.config.view]
     length = min(parts.run.data.max_length, room_of(parts.model))
-    found = []
+    found, number = [], []
     for start in range(0, len(texts), most):
         some = texts[start : start + most]
         made = [view.make(*words.encode(text, length), words.vocabulary, Draw().sample("", 0)) for text in some]
@@ -334,7 +333,8 @@ def score_texts(parts: Parts, memory: Tokens, row: int, texts: Sequence[str], ob
         given = Texts(padded.ids.to(device), padded.keep.to(device), "causal", labels=padded.labels.to(device))
         states = decoder(given, memory, torch.full((len(some),), row, device=device)).states
         found.append(-text_losses(writer.head, states, given).float().cpu())
-    return torch.cat(found)
+        number.append((padded.labels != -100).sum(1).float())
+    return torch.cat(found), torch.cat(number)
 
 
 @dataclass(frozen=True)

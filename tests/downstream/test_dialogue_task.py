@@ -18,6 +18,7 @@ from objectives.base import Draw, Fuse
 from vlp.data.batch import pad_texts
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Sample, open_reader
+from vlp.generate import room_of
 from vlp.passes import memory_of
 from vlp.rank import rank_answers
 
@@ -167,8 +168,12 @@ def test_writing_ranks_by_log_likelihood(tmp_path):
         made = [view.make(*words.encode(each, 24), words.vocabulary, Draw().sample("", 0)) for each in one.options]
         best, scores = rank_answers(model, memory, pad_texts(made, "causal", words.vocabulary.pad), len(made))
         assert row["ranks"] == [best[0].tolist().index(i) + 1 for i in range(len(made))]
-        found = score_texts(parts, memory, 0, one.options, "lm", 2)
+        found, number = score_texts(parts, memory, 0, one.options, "lm", 2)
         assert torch.allclose(found[best[0]], scores[0], atol=1e-5)
+        assert number.tolist() == [len(words.encode(each, 24)[0]) - 1 for each in one.options]
+    wide = parts_of(loaded, parts.run.data.model_copy(update={"max_length": 400}))
+    number = score_texts(wide, memory, 0, ["it is red " * 50], "lm", 2)[1]
+    assert number.tolist() == [room_of(model) - 1], "cut at what the decoder has room for, and counted so"
     per_word = DialogueConfig(generative=True, per_word=True).evaluate(parts, open_reader(str(path), text="question"))
     assert len(per_word.predictions) == 6
     rows = [{"image": images[0].name, "question": "what is it?"}]

@@ -6,7 +6,9 @@ Clark et al. 2020 (ELECTRA) and Bao et al. 2022 (BEiT): with L blocks, the heads
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -43,10 +45,10 @@ def levels_of(part: nn.Module) -> tuple[int, dict[str, int]]:
 
     The blocks are the longest numbered list of modules, and those beside it that are as long or end one earlier (a
     second stream, whose last block nobody may read); what comes before them are embeddings, one below the first block;
-    what comes after them is at the output.
+    what comes after them is at the output. Where the modules are stages of blocks (Swin), the blocks count.
     """
     names = [name for name, _ in part.named_parameters()]
-    prefixes = [_numbered(name) for name in names]
+    prefixes = _staged(names) or [_numbered(name) for name in names]
     lists = Counter(prefix for prefix, _ in {one for one in prefixes if one is not None})
     if not lists:
         return 0, dict.fromkeys(names, 1)
@@ -61,6 +63,31 @@ def levels_of(part: nn.Module) -> tuple[int, dict[str, int]]:
         else:
             found[name] = number + 1 if index < first and not name.startswith("pooler.") else 0
     return number, found
+
+
+def _staged(names: Sequence[str]) -> list[tuple[str, int] | None] | None:
+    """As ``_numbered`` for each parameter, over the blocks of all stages; None where there are no stages of blocks.
+
+    What a stage has beside its blocks goes with the block that follows it there, else with its last one (timm, and
+    SimMIM's finetuning of Swin).
+    """
+    found = [_STAGED.match(name) for name in names]
+    if not any(one is not None and one["block"] for one in found):
+        return None
+    places = [None if one is None else (one["stage"], int(one["number"]), int(one["block"] or -1)) for one in found]
+    blocks = sorted({place for place in places if place is not None and place[2] >= 0})
+    order = {place: number for number, place in enumerate(blocks)}
+    numbers: list[tuple[str, int] | None] = []
+    for index, place in enumerate(places):
+        if place is not None and place not in order:  # no block: of its own stage, the next one or the last
+            near = [other for other in places if other in order and other[:2] == place[:2]]
+            later = [other for other in places[index:] if other in near]
+            place = later[0] if later else near[-1] if near else None
+        numbers.append(None if place is None else (f"{place[0]}.blocks", order[place]))
+    return numbers
+
+
+_STAGED = re.compile(r"(?P<stage>.*?)\.(?P<number>\d+)\.(?:blocks\.(?P<block>\d+)\.)?")
 
 
 def _numbered(name: str) -> tuple[str, int] | None:

@@ -73,6 +73,25 @@ def test_groups_of_the_optimizer():
     assert len({group["lr"] for group in build_optimizer(model, OptimConfig(lr=1e-3)).param_groups}) == 1
 
 
+def test_blocks_of_stages_count_as_timm_counts_them():
+    """A Swin's and a ConvNeXt's: every group of timm's own layer decay has one level here, in the same order."""
+    import timm
+    from timm.models import group_parameters
+
+    for name, sizes in (
+        ("swin_tiny_patch4_window7_224", {"img_size": 32, "window_size": 4, "depths": (1, 2, 3, 1), "embed_dim": 12}),
+        ("convnext_atto", {"depths": (1, 2, 3, 1), "dims": (4, 8, 16, 32)}),
+    ):
+        model = timm.create_model(name, num_classes=0, **sizes)
+        number, levels = levels_of(model)
+        assert number == 7
+        groups = group_parameters(model, model.group_matcher())
+        for group, members in groups.items():
+            names = [one for one in members if not one.startswith("norm")]
+            assert {levels[one] for one in names} <= {8 - group}, (name, group)
+        assert {levels[one] for one in levels if one.startswith("norm")} <= {0}
+
+
 def test_a_part_without_blocks():
     from torch import nn
 
