@@ -49,7 +49,7 @@ class ItmConfig(ObjectiveSettings):
     """Where negatives come from: the batch that one rank runs at a time; or those of all ranks (VLMo), whose states are
     then gathered, texts padded to `model.text.max_length`."""
     number: int = Field(1, ge=1)
-    """False images and false texts drawn for each pair of the scheme `both`."""
+    """False images and false texts drawn for each pair of the scheme `both`, all different."""
     exclude: Positives = "id_or_caption"
     """Pairs that are never drawn as negatives."""
     floor: float = 0.0
@@ -129,17 +129,14 @@ class Itm(Objective):
         pairs = find_pairs(batch, self.config.exclude, device, self.everywhere)
         own, text = self._numbers(batch, device)
         text_weights, image_weights = self._weights(results, batch, *true_pairs(pairs))
-        if self.config.scheme == "both":
-            own, text = own.repeat(self.config.number), text.repeat(self.config.number)
-            image_weights = image_weights.repeat(self.config.number, 1)
-        false_image = draw.categorical("itm.image", image_weights)  # of each text
-        false_image = torch.where(image_weights.sum(1) > 0, false_image, own)
+        number = self.config.number if self.config.scheme == "both" else 1
+        false_image = distinct(draw, "itm.image", image_weights, own, number)  # of each text
         if self.config.scheme == "replace_image":
             replaced = draw.bernoulli("itm.replace", 0.5, own.shape, device)
             return {"itm": Rows(torch.where(replaced, false_image, own), text, self.everywhere)}
         per_text = text_weights.index_select(0, own - pairs.first)
-        false_text = draw.categorical("itm.text", per_text)  # of each text's image
-        false_text = torch.where(per_text.sum(1) > 0, false_text, text)
+        false_text = distinct(draw, "itm.text", per_text, text, number)  # of each text's image
+        own, text = own.repeat(number), text.repeat(number)
         return {"itm": Rows(torch.cat([false_image, own]), torch.cat([text, false_text]), self.everywhere)}
 
     def _numbers(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -168,8 +165,8 @@ class Itm(Objective):
         """Softmax weights [R, C] of the false pairs; a row without one weighs nothing."""
         if self.config.floor > 0:
             return (logits.softmax(1) + self.config.floor) * ~true
-        # Over the false pairs alone: beside a confident true pair theirs would underflow to 0.
-        return logits.masked_fill(true, -torch.inf).softmax(1).nan_to_num(0.0)
+        # Over the false pairs alone, and never 0: one that is not alike is drawn once those that are have been.
+        return logits.masked_fill(true, -torch.inf).softmax(1).nan_to_num(0.0).clamp(min=1e-30) * ~true
 
     def _hardness(self, seen: int) -> float:
         first, last = self.config.random_until, self.config.hard_from
@@ -222,6 +219,20 @@ def match_terms(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [M, 2 or 3] and labels [M] int64 -> each row's loss [M], and whether it is right [M], 0 or 1."""
     loss = F.cross_entropy(logits.float(), label, reduction="none")
     return loss, (logits.detach().argmax(1) == label).float()
+
+
+def distinct(draw: Draw, name: str, weights: Tensor, otherwise: Tensor, number: int) -> Tensor:
+    """Draw ``number`` different columns for each row of ``weights`` [R, C], in proportion and one after another.
+
+    Returns:
+        [number x R] int64, all rows' first ones first; where a row has none left, its ``otherwise`` [R].
+    """
+    drawn = []
+    for n in range(number):
+        column = draw.categorical(f"{name}.{n}" if n else name, weights)
+        drawn.append(torch.where(weights.sum(1) > 0, column, otherwise))
+        weights = weights.scatter(1, column[:, None], 0.0)
+    return torch.cat(drawn)
 
 
 def _blend(even: Tensor, hard: Tensor, mix: float) -> Tensor:

@@ -61,12 +61,14 @@ def test_negatives_are_never_true_pairs(settings):
             first_half, at = number < len(pairs) / 2, number % batch.num_texts
             # A false image for each text, then a false text for each text's image.
             assert text == at if first_half else image == own[at]
-            if (image, text) == (own[at], at):  # nothing found: no false pair exists, and the row has no loss
-                others = range(batch.num_images) if first_half else range(batch.num_texts)
-                assert all(is_true(batch, i, at) if first_half else is_true(batch, own[at], i) for i in others)
+            others = range(batch.num_images) if first_half else range(batch.num_texts)
+            false = {n for n in others if not (is_true(batch, n, at) if first_half else is_true(batch, own[at], n))}
+            before = pairs[at if first_half else len(pairs) // 2 + at : number : batch.num_texts]
+            if (image, text) == (own[at], at):  # all false ones are drawn already: the row has no loss
+                assert {pair[0 if first_half else 1] for pair in before} - {own[at] if first_half else at} == false
                 missing += 1
             else:
-                assert not is_true(batch, image, text)
+                assert not is_true(batch, image, text) and (image, text) not in before
                 found += 1
     assert found > 1000 and missing > 10
 
