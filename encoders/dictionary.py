@@ -109,7 +109,7 @@ class Dictionary(nn.Module):
         number = count.sum().clamp(min=1)
         mean = sums.sum(0) / number
         spread = (total(self.squares) / number - mean.square()).clamp(min=0).sqrt()
-        share = torch.where(count > 0, 1 - self.config.momentum, 0.0)
+        share = (1 - self.config.momentum) * (count > 0).to(count.dtype)
         moved = self.entries.lerp(sums / count.clamp(min=1), share)
         self.entries.copy_(torch.where(self.placed, moved, mean + spread * self.entries))
         self.placed.logical_or_(count.any())
