@@ -83,7 +83,8 @@ class CaptioningConfig(TaskConfig):
     generation: GenerationConfig = Field(default_factory=lambda: build(GenerationConfig, {"method": "beam"}))
     """How captions are written."""
     java: tuple[JavaMetric, ...] = ("METEOR", "SPICE")
-    """Metrics of pycocoevalcap that are Java programs, computed where that package and Java are installed."""
+    """Metrics of pycocoevalcap that are Java programs, computed where that package and Java are installed, before and
+    after a finetuning."""
     neighbours: int = Field(10_000, ge=0)
     """Training images that the nearest-neighbour floor looks through; 0 = no such floor."""
     neighbours_by: str | None = None

@@ -152,7 +152,7 @@ def measure(parts: Parts, prepare: Prepare, *, activations: bool = True, rewrite
         for each in next(loader.steps(0, number)):
             batch = each.to(model.device)
             if rewrite is not None:
-                batch = rewrite(model, batch, Draw(config.seed))
+                batch, _ = rewrite(model, batch, Draw(config.seed))
             kept = max(kept, kept_bytes(parts, batch) // MEASURED)
     free = min(gather([free_memory(model.device)]))
     return Measured(loader.order.size, trainable, max(gather([kept])), free)

@@ -250,7 +250,7 @@ def _selection(parts: Parts, scored: _Scored) -> Selection | None:
         return None
     held = some(scored.val, run.tune.samples)
     survey = run.task.for_scores(scored.survey)
-    return Selection(run.task, replace(parts, reader=None), held, run.tune.every, run.tune.patience, survey)
+    return Selection(run.task.often(), replace(parts, reader=None), held, run.tune.every, run.tune.patience, survey)
 
 
 def _reopened(run: FinetuneConfig) -> Loaded | None:

@@ -130,8 +130,10 @@ class Scst:
         self.known = {image: [tokenize(one) for one in texts] for image, texts in self.references.items()}
         self.df = document_frequencies(list(self.known.values()))
 
-    def __call__(self, model: Model, batch: Batch, draw: Draw) -> Batch:
-        """Return the batch with n draws of each image, as texts [B * n, L] of the writer's view."""
+    def __call__(self, model: Model, batch: Batch, draw: Draw) -> tuple[Batch, dict[str, Tensor]]:
+        """Return the batch with n draws of each image, as texts [B * n, L] of the writer's view, and what is logged:
+        mean reward and baseline.
+        """
         assert batch.image_id is not None
         images, number = batch.image_id.tolist(), self.config.samples
         # The draws of each micro-batch are its own; those of its words are numbered by generate itself.
@@ -153,7 +155,8 @@ class Scst:
         objective = model.objectives[self.writer]
         assert isinstance(objective, Lm)
         texts = self._texts(drawn, objective.config.prompt, every, weight)
-        return replace(batch, texts={**batch.texts, objective.config.view: texts})
+        told = {f"{self.writer}/reward": rewards.mean(), f"{self.writer}/baseline": baseline.mean()}
+        return replace(batch, texts={**batch.texts, objective.config.view: texts}), told
 
     def _write(self, model: Model, memory: Tokens, how: Mapping[str, object], rows: Tensor) -> list[list[int]]:
         config = build(GenerationConfig, dict(how))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -88,6 +88,14 @@ class TaskConfig(Config):
         Evaluations during training are given no more, since floors do not change.
         """
         return None
+
+    def often(self) -> Self:
+        """Return the task as evaluations during training run it: without what costs most and chooses no checkpoint.
+
+        Left out are metrics that are Java programs, and the floors of blanked images.
+        """
+        off = {"java": (), "meteor": False, "blank_images": False}
+        return self.model_copy(update={name: value for name, value in off.items() if name in type(self).model_fields})
 
     def settings(self, data: DataConfig) -> DataConfig:
         """Return the data's settings with this task's defaults for what the user left open (the text column)."""
@@ -266,6 +274,7 @@ def make_batch(parts: Parts, examples: Sequence[Example], places: Sequence[int] 
     Examples that follow each other with an equal number in ``places`` share the first one's images.
     """
     data, vision = parts.run.data, parts.model.config.vision
+    examples = [replace(one, prefix=data.prefix) for one in examples]
     numbers = range(len(examples)) if places is None else places
     if (layout := _layout(parts)) is not None:
         batch = collate(examples, numbers, parts.tokenizer, {}, data.max_length, 0, regions=layout)

@@ -90,6 +90,8 @@ class TranslationConfig(TaskConfig):
     """BLEU without regard to case, as in much of the work on Multi30k."""
     tokenizer: str = "13a"
     """BLEU's tokenizer, by sacrebleu's name."""
+    meteor: bool = True
+    """Also METEOR, a Java program, where it can be run; during training it is not."""
     meteor_jar: str | None = None
     """meteor-1.5.jar with its data beside it; none = pycocoevalcap's, which knows English alone."""
     blank_images: bool = False
@@ -145,7 +147,7 @@ class TranslationConfig(TaskConfig):
         )
         for row, given in zip(rows, targets, strict=True):
             row |= {"targets": list(given), "metrics": {"exact match": float(_is_exact(row["translation"], given))}}
-        metrics, notes = self._score([row["translation"] for row in rows], targets)
+        metrics, notes = self._score([row["translation"] for row in rows], targets, java=self.meteor)
         floors = {"copy": self._score([row["source"] for row in rows], targets, java=False)[0]}
         if survey is not None:
             floors["most frequent"] = self._score([survey.target] * len(rows), targets, java=False)[0]

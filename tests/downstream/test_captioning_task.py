@@ -13,6 +13,8 @@ from downstream.evaluate import parts_of, result_table
 from downstream.finetune import finetune, finetune_config, finetune_table
 from downstream.metrics.captioning import caption_metrics
 from downstream.metrics.java import java_metrics
+from downstream.nlvr2 import Nlvr2Config
+from downstream.translation import TranslationConfig
 from vlp.data.loader import DataConfig
 from vlp.data.reader import open_reader
 
@@ -117,6 +119,24 @@ def test_a_fusion_that_writes_itself_captions_and_goes_on_so(tmp_path):
     run = finetune_config(loaded, "x", settings(table))
     adapted = run.task.adapt(run, loaded.config.objectives, CaptionSurvey("a", 1, 1))
     assert adapted.model == run.model and adapted.objectives["lm"].memory == "beside"
+
+
+def test_java_runs_before_and_after_training_alone(tmp_path, monkeypatch):
+    asked = []
+
+    def java(captions, references, names):
+        asked.append(names)
+        return {}, []
+
+    monkeypatch.setattr("downstream.captioning.java_metrics", java)
+    loaded = vlp.load(toys.checkpoint(tmp_path, ("lm",), fusion={"kind": "none"}))
+    train = {"train": TRAIN | {"samples": 48, "optim": {"lr": 1e-3}}, "tune": {"every": 16, "probe": None}}
+    run = finetune_config(loaded, "x", settings(toys.caption_table(tmp_path)) | train)
+    finetune(run, loaded, tmp_path / "run", CPU)
+    assert asked == [("METEOR", "SPICE"), (), (), (), ("METEOR", "SPICE")]
+    off = {"java": (), "blank_images": False, "meteor": False}
+    for task in (Nlvr2Config(blank_images=True).often(), TranslationConfig(blank_images=True).often()):
+        assert all(getattr(task, name) == value for name, value in off.items() if hasattr(task, name))
 
 
 def test_domains_are_corpora_of_their_own_and_submissions_name_the_images(tmp_path):

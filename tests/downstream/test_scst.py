@@ -24,6 +24,7 @@ from objectives.base import Draw, Encode
 from vlp.checkpoint.native import find_checkpoint
 from vlp.cli import main
 from vlp.data.reader import RawSample, Reader, decode_sample
+from vlp.train.log import read_metrics
 
 CPU = torch.device("cpu")
 
@@ -55,18 +56,18 @@ def test_gradient_is_the_definition(tmp_path: Path, baseline: str) -> None:
     [(group, batch)] = batches(parts, read_samples(reader, run.data, {}), 8)
     batch = replace(batch, image_id=torch.tensor([scored_id(one.sample, run.data) for one in group]))
     scst = Scst(ScstConfig(samples=3, baseline=baseline, max_length=8), parts.tokenizer, "lm", known)
-    drawn = scst(model, batch, Draw(3, 16, 1))
-    again = scst(model, batch, Draw(3, 16, 1))
+    drawn, told = scst(model, batch, Draw(3, 16, 1))
+    again, _ = scst(model, batch, Draw(3, 16, 1))
     text = drawn.texts["causal"]
     assert torch.equal(text.ids, again.texts["causal"].ids)
-    assert len(text.ids) == 24 and not torch.equal(text.ids, scst(model, batch, Draw(3, 24, 1)).texts["causal"].ids)
+    assert len(text.ids) == 24 and not torch.equal(text.ids, scst(model, batch, Draw(3, 24, 1))[0].texts["causal"].ids)
     loss = model.losses(drawn, Draw())["lm"].loss
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
     df = document_frequencies([[tokenize(t) for t in texts] for texts in known.values()])
-    total = 0.0
+    total, rewards, baselines = 0.0, [], []
     for b, sample in enumerate(group):
         ids = [text.ids[row][text.keep[row]] for row in range(3 * b, 3 * b + 3)]
         reward = [score(parts.tokenizer.decode(one.tolist()), sample.sample.texts, df) for one in ids]
@@ -77,6 +78,7 @@ def test_gradient_is_the_definition(tmp_path: Path, baseline: str) -> None:
             base = [score(said["caption"], sample.sample.texts, df)] * 3
         else:
             base = [(sum(reward) - r) / 2 for r in reward]
+        rewards, baselines = rewards + reward, baselines + base
         memory = model.run([Encode("image")], batch)[Encode("image")]
         for i, one in enumerate(ids):
             texts = type(text)(one[None], torch.ones(1, len(one), dtype=torch.bool), attention="causal")
@@ -84,6 +86,8 @@ def test_gradient_is_the_definition(tmp_path: Path, baseline: str) -> None:
             likely = F.log_softmax(model.objectives["lm"].head(states[0, :-1]), -1)
             total = total - (reward[i] - base[i]) * likely.gather(1, one[1:, None]).sum() / 3 / len(group)
     torch.testing.assert_close(loss, total, atol=1e-4, rtol=1e-4)
+    assert told["lm/reward"].item() == pytest.approx(sum(rewards) / 24, abs=1e-5)
+    assert told["lm/baseline"].item() == pytest.approx(sum(baselines) / 24, abs=1e-5)
     total.backward()
     for name, p in model.named_parameters():
         if p.grad is not None:
@@ -114,6 +118,8 @@ def test_captions_get_better_than_those_learned_from_words(tmp_path: Path) -> No
     done = finetune(run, learned, tmp_path / "scst", CPU)
     assert done.before.metrics["CIDEr-D"] == pytest.approx(start.after.metrics["CIDEr-D"])
     assert done.after.metrics["CIDEr-D"] > done.before.metrics["CIDEr-D"] + 0.5
+    logged = [record for record in read_metrics(tmp_path / "scst" / "metrics.jsonl") if "lm/reward" in record]
+    assert logged and all(0 <= record["lm/reward"] <= 10 and 0 <= record["lm/baseline"] <= 10 for record in logged)
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from vlp.train.optim import OptimConfig, build_average, build_optimizer, learnin
 
 Precision: TypeAlias = Literal["auto", "fp32", "bf16"]
 
-Rewrite: TypeAlias = Callable[[Model, Batch, Draw], Batch]
+Rewrite: TypeAlias = Callable[[Model, Batch, Draw], tuple[Batch, dict[str, Tensor]]]
 """What a model is trained on in place of a micro-batch, where that hangs on the model itself: texts that it wrote."""
 
 
@@ -112,12 +112,13 @@ class TrainStep:
         Raises:
             NonFiniteError: on all ranks; weights, optimizer and average are those from before the step.
         """
-        batches = [batch.to(self.device) for batch in batches]
+        batches, told = [batch.to(self.device) for batch in batches], dict[str, Tensor]()
         started = batches[0].seen
         if self.rewrite is not None:
             with self._precision():
                 draws = self._draws(batches)
-                batches = [self.rewrite(self.model, one, draw) for one, draw in zip(batches, draws, strict=True)]
+                made = [self.rewrite(self.model, one, draw) for one, draw in zip(batches, draws, strict=True)]
+            batches, told = [batch for batch, _ in made], self._told(made)
         samples = count_samples(batches)
         self.optimizer.zero_grad()
         self.model.before_step()
@@ -135,7 +136,7 @@ class TrainStep:
         self._clamp_scale()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        scalars["grad_norm"] = norm
+        scalars |= told | {"grad_norm": norm}
         if (space := self.model.space()) is not None:
             scalars["scale"] = space.logit_scale.detach().exp()[0]
         return StepReport(scalars, rate, started, started + samples)
@@ -199,6 +200,13 @@ class TrainStep:
         """The randomness of each micro-batch."""
         number = len(batches)
         return [Draw(self.seed, batches[0].seen, rank() * number + index) for index in range(number)]
+
+    def _told(self, made: Sequence[tuple[Batch, dict[str, Tensor]]]) -> dict[str, Tensor]:
+        """What was said of the rewritten micro-batches: means over all images, on all ranks."""
+        names = list(made[0][1])
+        rows = [torch.stack([*(told[name] for name in names), torch.ones(())]) * one.num_images for one, told in made]
+        total = sum_no_grad(torch.stack(rows).sum(0).to(self.device))
+        return dict(zip(names, total[:-1] / total[-1], strict=True))
 
     def _average_gradients(self) -> None:
         """Average the gradients over ranks, where DDP cannot: its last backward sees only what the last source trains.
