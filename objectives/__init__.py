@@ -9,6 +9,7 @@ from objectives.assign import AssignConfig
 from objectives.box import BoxConfig
 from objectives.choose import ChooseConfig
 from objectives.classify import ClassifyConfig
+from objectives.denoise import DenoiseConfig
 from objectives.fused_itc import FusedItcConfig
 from objectives.infill import InfillConfig
 from objectives.intra import IntraConfig
@@ -45,6 +46,7 @@ ObjectiveConfig: TypeAlias = Annotated[
     | MimConfig
     | LmConfig
     | PrefixLmConfig
+    | DenoiseConfig
     | InfillConfig
     | SpanCorruptionConfig
     | AnswerConfig

@@ -53,8 +53,8 @@ class MrmConfig(ObjectiveSettings):
     targets: dict[str, RegionTargetConfig] = Field(default_factory=dict)
     """What is predicted, by its name in ``Regions.targets``: "features" (without an entry the regions' own), "classes",
     "objects", "attributes"; "NAME_scores" [B, R] there weighs the terms of NAME (LXMERT: the detector's confidence)."""
-    mask_probability: float = Field(0.15, gt=0, lt=1)
-    """Share of the regions that are to be predicted; at least one of an image."""
+    mask_probability: float = Field(0.15, gt=0, le=1)
+    """Share of the regions that are to be predicted; at least one of an image (XGPT all, from their places alone)."""
     hide: float = Field(1.0, ge=0, le=1)
     """Share of these whose features are hidden (ViLBERT 0.9, LXMERT 0.8)."""
     swap: float = Field(0.0, ge=0, le=1)

@@ -78,6 +78,7 @@ def small(recipe: str, shards: str) -> RunConfig:
         "vinvl",
         "interbert",
         "ernie_vil",
+        "xgpt",
     ],
 )
 def test_a_run(recipe: str, shards: str, tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ class DecoderConfig(BesideConfig):
     """A causal stack with cross-attention in every block."""
 
     kind: Literal["causal"] = "causal"
-    share: Literal["none", "words", "embeddings", "all_but_self_attention"] = "embeddings"
+    share: Literal["none", "words", "embeddings", "all_but_self_attention", "all"] = "embeddings"
     """What it shares: nothing; the text encoder's word embedding (it has no segments then; OFA); all its embeddings;
     all but self-attention with the cross-attention fusion (BLIP: cross-attention and feed-forward of layer n are the
-    fusion's)."""
+    fusion's); all with the single-stream fusion, whose attention reads the memory as well (XGPT)."""
     untied: UntiedConfig | None = None
     """Positions that attention reads apart from the content, of words and of the memory, whose fusion has them too
     (OFA); none = what the embeddings add."""
@@ -78,6 +78,20 @@ class Decoder(nn.Module):
             for block, theirs in zip(blocks, fusion.blocks, strict=True):
                 for name in ("cross", "cross_norm", "cross_after", "feed", "feed_norm"):
                     setattr(block, name, getattr(theirs, name))
+        elif config.share == "all":
+            if not (
+                isinstance(fusion, SingleStream)
+                and len(fusion.blocks) == stack.layers
+                and memory_width == fusion.text_width == stack.width
+            ):
+                raise ValueError(
+                    f"model.decoder.share all needs model.fusion single_stream with {stack.layers} layers and width "
+                    f"{stack.width}, and a memory of that width; change it or share embeddings"
+                )
+            for block, theirs in zip(blocks, fusion.blocks, strict=True):
+                for name in ("attention", "attention_norm", "feed", "feed_norm"):
+                    setattr(block, name, getattr(theirs, name))
+                block.cross, block.cross_norm = block.attention, block.attention_norm
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = stack.new_norm()
         self.buckets = stack.form.new_buckets(stack.heads, both_ways=False)

@@ -235,6 +235,16 @@ TRIALS: dict[str, Trial] = {
     "lm": Trial({"lm": {}}, fused=False, model=DECODER, chance=words),
     "lm, without a decoder": Trial({"lm": {"memory": "beside"}}, chance=words),
     "prefix_lm": Trial({"prefix_lm": {}}, model={"decoder": {**DECODER["decoder"], "memory": "both"}}, chance=words),
+    "denoise": Trial(
+        {"denoise": {}},
+        model={"decoder": {"kind": "causal", "layers": 2, "share": "all", "memory": "both"}},
+        chance=words,
+    ),
+    "denoise, the fragment": Trial(
+        {"denoise": {"masks": "each", "write": "fragment"}},
+        model={"decoder": {**DECODER["decoder"], "memory": "both"}},
+        chance=words,
+    ),
     "span_corruption": Trial(
         {"span_corruption": {"mask_probability": 0.3, "span_length": None, "head": "scaled"}},
         model={"decoder": {**DECODER["decoder"], "memory": "both"}},
