@@ -52,13 +52,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
             }
         )
     folder = tmp_path_factory.mktemp("regions")
+    (folder / "texts.txt").write_text("".join(f"words of line {number} alone\n" for number in range(SAMPLES)))
     return write_shards(samples, str(folder / "%02d.tar"))[0]
 
 
 def small(recipe: str, shards: str) -> RunConfig:
     run = shrink(resolved(f"pretrain/{recipe}"))
     tokenizer = type(run.data.tokenizer)(size=64, min_frequency=1)
-    data = run.data.model_copy(update={"train": shards, "workers": 0, "tokenizer": tokenizer})
+    texts = str(Path(shards).with_name("texts.txt"))
+    sources = {name: one.model_copy(update={"train": texts}) for name, one in run.data.sources.items()}
+    own = {"train": shards, "workers": 0, "tokenizer": tokenizer, "sources": sources}
+    data = run.data.model_copy(update=own)
     optim = run.train.optim.model_copy(update={"warmup": 0, "lr": 1e-3})
     train = {"samples": 32, "global_batch": 8, "micro_batch": 8, "log_every": 1, "optim": optim}
     return settle(run.model_copy(update={"data": data, "train": run.train.model_copy(update=train)}))
@@ -77,6 +81,7 @@ def small(recipe: str, shards: str) -> RunConfig:
         "oscar",
         "vinvl",
         "interbert",
+        "vl_bert",
         "ernie_vil",
         "xgpt",
     ],

@@ -52,10 +52,11 @@ def open_loader(parts: Parts, prepare: Prepare) -> Loader:
     logger.info("global batch %d = %d ranks x %d micro-batches x up to %d", *sizes)
     assert parts.reader is not None
     main, sources = parts.run.data, {name: (one, parts.run.data.of(name)) for name, one in parts.sources.items()}
-    trains = trained_by(parts.model, {MAIN: main.only, **{name: data.only for name, (_, data) in sources.items()}})
+    only = {MAIN: main.only, **{name: data.only for name, (_, data) in sources.items()}}
+    trains = trained_by(parts.model, only)
     if sources and config.sample:
         raise ValueError("train.sample draws the objectives, and data.sources the data of a step; set one of the two")
-    wanted = {name: _wanted(parts.model, objectives, main.whole_region) for name, objectives in trains.items()}
+    wanted = {name: _wanted(parts.model, found, main.whole_region, only[name]) for name, found in trains.items()}
     check_spans(wanted[MAIN]["views"], main)
     fetches = {
         name: Fetch(
@@ -130,10 +131,10 @@ def trained_by(model: Model, sources: Mapping[str, Only]) -> dict[str, dict[str,
     return found
 
 
-def _wanted(model: Model, objectives: Mapping[str, Objective], whole_region: bool) -> dict[str, Any]:
-    """What the objectives that a source trains read of it."""
+def _wanted(model: Model, objectives: Mapping[str, Objective], whole_region: bool, only: Only) -> dict[str, Any]:
+    """What the objectives that a source trains read of it; texts alone have no regions."""
     names = model.image_names(objectives)
-    layout = region_layout(model, whole_region, names)
+    layout = None if only == "text" else region_layout(model, whole_region, names)
     hidden = image_views(objectives)
     return {"views": text_views(objectives), "again": AGAIN in names, "image_views": hidden, "regions": layout}
 
