@@ -15,6 +15,7 @@ from timm.models import load_checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torchvision.ops import roi_align
 
 from encoders.dictionary import Dictionary, DictionaryConfig
 from encoders.positions import sine_positions
@@ -52,6 +53,11 @@ class GridConfig(Config):
     positions: Literal["none", "sine"] = "none"
     """What says where a cell is: nothing but what convolutions see of the border, or added sines and cosines of its row
     and column (SOHO)."""
+    tokens: Literal["cells", "boxes"] = "cells"
+    """What an image's tokens are: the map's cells, or what is pooled of the whole map and then of each box that texts
+    name, where the batch has such (`Images.boxes`: B2T2)."""
+    box_cells: int = Field(7, ge=1)
+    """Rows and columns of points that a box is read at, between cells, before their mean is taken."""
     mean_token: bool = False
     """Put the mean of all cells before them, as a [CLS] (X-VLM's Swin)."""
     freeze_norm: bool = True
@@ -92,6 +98,12 @@ class GridEncoder(nn.Module):
             update={"mean": config.mean or tuple(native["mean"]), "std": config.std or tuple(native["std"])}
         )
         self.width: int = self.body.num_features
+        cells = config.sample or config.dictionary or config.positions != "none" or config.mean_token
+        if config.tokens == "boxes" and cells:
+            raise ValueError(
+                "model.vision.tokens boxes has no cells, which sample, dictionary, positions and mean_token are of; "
+                "leave these out, or use tokens cells"
+            )
         self.dictionary: Dictionary | None = None
         if config.dictionary is not None:
             self.dictionary, self.width = Dictionary(config.dictionary, self.width), config.dictionary.width
@@ -155,6 +167,8 @@ class GridEncoder(nn.Module):
         if images.owner is not None:
             return self.regions(images)[0]
         found, every = self._map(images.pixels, layers)
+        if self.config.tokens == "boxes":
+            return self._boxes(found, images.boxes, every)
         cells, labels = self._cells(found, images.masked)
         pooled = self._pool(found, cells)
         cells, labels = self._sampled(cells, labels)
@@ -162,6 +176,16 @@ class GridEncoder(nn.Module):
             cells = torch.cat([cells.mean(1, keepdim=True), cells], 1)
             labels = None if labels is None else F.pad(labels, (1, 0), value=-100)
         return Tokens(cells, None, pooled, every, labels)
+
+    def _boxes(self, found: Tensor, boxes: Tensor | None, every: tuple[Tensor, ...] | None) -> Tokens:
+        """The whole map's vector, and those of boxes [B, R, 4] -> Tokens, states [B, 1 + R, C]."""
+        whole = self.body.forward_head(found, pre_logits=True)
+        states, keep = whole[:, None], None
+        if boxes is not None:
+            found = found.movedim(-1, 1) if self._channels_last(found) else found
+            states = torch.cat([states, pooled_boxes(found, boxes, self.config.box_cells)], 1)
+            keep = F.pad((boxes[..., 2:] > boxes[..., :2]).all(-1), (1, 0), value=True)
+        return Tokens(states, keep, whole, every)
 
     def _sampled(self, cells: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """In training, each image's share of its cells [B, N, D], in their order (Huang et al. 2020, section 3.3)."""
@@ -239,6 +263,17 @@ class GridEncoder(nn.Module):
     def _channels_last(self, found: Tensor) -> bool:
         """Whether the map is [B, h, w, C] (Swin), as timm says by ``output_fmt``."""
         return getattr(self.body, "output_fmt", "NCHW") == "NHWC"
+
+
+def pooled_boxes(found: Tensor, boxes: Tensor, points: int) -> Tensor:
+    """Mean of a map [B, C, h, w] at points x points places in boxes [B, R, 4], between cells -> [B, R, C]."""
+    rows, columns = found.shape[2:]
+    number = torch.arange(len(boxes), device=boxes.device)[:, None, None].expand(-1, boxes.shape[1], 1)
+    across, down = boxes[..., ::2] * columns, boxes[..., 1::2] * rows
+    placed = torch.cat([number, torch.stack([across, down], -1).flatten(2)], -1).flatten(0, 1)
+    # In float32: places within a cell are beyond half precision.
+    read = roi_align(found.float(), placed.float(), points, sampling_ratio=1, aligned=True)
+    return read.mean((2, 3)).unflatten(0, boxes.shape[:2]).to(found.dtype)
 
 
 class _Mapped(nn.Module):

@@ -275,7 +275,7 @@ class TextEncoder(nn.Module):
         else:
             states = self.finish(states)
             pooled = self._pool(states, texts)
-        return Tokens(states, texts.keep, pooled, tuple(every) if layers else None)
+        return Tokens(states, texts.keep, pooled, tuple(every) if layers else None, named=texts.boxes)
 
     def _with_token(self, texts: Texts) -> tuple[Tensor, Tensor]:
         """Texts -> embeddings with the token at the last position, and what of them is seen: [T, M, D] and [T, M]."""

@@ -33,6 +33,9 @@ class Images:
     entry of one of these."""
     masked_at: Tensor | None = None
     """[K] int64 flat positions b * P + p of these, padded with -1 to a multiple of 8 (no boolean indexing)."""
+    boxes: Tensor | None = None
+    """[B, R, 4] float, boxes that texts may name: left, top, right, bottom as shares of the image's sides; an empty box
+    is none."""
     targets: Mapping[str, Tensor] = field(default_factory=dict)
     """What is to be predicted of the patches, by name: "codes" [B, P] int64, or "codebook_pixels" [B, 3, h, w]."""
 
@@ -88,6 +91,8 @@ class Texts:
     """[T] int64 row of the clean view that each text belongs to, where their numbers differ (a question's answers)."""
     weight: Tensor | None = None
     """[T] float, how much each text counts in its loss (None = all the same)."""
+    boxes: Tensor | None = None
+    """[T, L] int64, which of its image's boxes each word names, -1 = none (None = none does)."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,8 @@ class Tokens:
     """[B, N] int64, what a dictionary knew at each token that the encoder hid, -100 at the others."""
     positions: Tensor | None = None
     """[1, N, D], what a cross-attention whose positions are apart from the content reads of these tokens' places."""
+    named: Tensor | None = None
+    """[B, L] int64, of words: which of the image's boxes each names, -1 = none."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ SMALL: dict[str, Callable[[Any], Any]] = {
 }
 """Sizes by the names of their fields, wherever in the tree they stand."""
 SMALL_GRIDS: dict[str, dict[str, Any]] = {
+    "resnet152.tv_in1k": {"model": "resnet18"},
     "resnet101.tv_in1k": {"model": "resnet10t", "arguments": {"output_stride": 8}},
     "tf_efficientnet_l2": {"model": "tf_efficientnet_b0"},
     "resnet101": {"model": "resnet18"},

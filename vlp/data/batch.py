@@ -20,6 +20,7 @@ from encoders.types import AttentionKind, Batch, Images, Regions, Texts
 from objectives.base import AGAIN, Draw, ImageView, View, ViewText, draws_of
 from objectives.spans import SpannedView
 from vlp.data.asking import prefix_ids, put_before
+from vlp.data.boxes import NamedBox, with_boxes
 from vlp.data.pairing import encode_segments
 from vlp.data.regions import RegionArrays, RegionLayout, region_views
 from vlp.data.spans import CharSpan, token_spans
@@ -47,6 +48,8 @@ class Example:
     """Words before the text wherever it is read and not written; no view hides or predicts them."""
     spans: tuple[CharSpan, ...] = ()
     """Spans of the text that views may mask."""
+    named: tuple[NamedBox, ...] | None = None
+    """Spans of the text that name boxes of the image; None in all examples of a batch: boxes are not read."""
     regions: RegionArrays | None = None
     """What a detector saw of the image, in place of it."""
     targets: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
@@ -160,7 +163,7 @@ def collate(
     images, image_of_text = _visions(samples, places, image_views or {}, regions, draw), None
     if images and (len(samples[0].images) > 1 or len(samples) < len(examples)):
         image_of_text = _image_of_text(numbers, max(1, len(samples[0].images)))
-    return Batch(
+    batch = Batch(
         images=images,
         texts=texts,
         image_of_text=image_of_text,
@@ -169,6 +172,7 @@ def collate(
         caption_id=torch.tensor([caption_hash(text) for text in captions], dtype=torch.int64) if captions else None,
         position=torch.tensor([p for p, number in zip(positions, numbers, strict=True) if number == 0]),
     )
+    return with_boxes(batch, examples, tokenizer, max_length)
 
 
 def _texts(

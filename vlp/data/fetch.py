@@ -19,6 +19,7 @@ from objectives.spans import SpannedView
 from vlp.data.alike import AlikeCaptions
 from vlp.data.asking import ask
 from vlp.data.batch import Example, caption_hash, collate, numbered, stable_hash
+from vlp.data.boxes import boxes_of
 from vlp.data.edits import edit
 from vlp.data.group import Groups, without_images
 from vlp.data.instruct import instructed
@@ -163,6 +164,8 @@ class Fetch(Dataset[Fetched]):
                 one = ask(one, sample, self.config.prefix, self.config.answer, generator)
             if self.config.spans is not None and any(isinstance(view, SpannedView) for view in self.views.values()):
                 one = replace(one, spans=spans_of(original, self.config.spans, one.text))
+            if self.config.boxes is not None:
+                one = replace(one, named=boxes_of(original, self.config.boxes, one.text))
             if EDITED in self.views and one.text is not None:
                 generator = self.draw.sample(numbered(EDITED, number), position)
                 changed = {EDITED: edit(one.text, self.config.edits, generator)}

@@ -23,6 +23,7 @@ from encoders.types import Batch
 from objectives.base import ImageView, View
 from vlp.config import Config
 from vlp.data.alike import read_alike
+from vlp.data.boxes import check_boxes
 from vlp.data.edits import EditConfig
 from vlp.data.fetch import Fetch, Fetched, Prepare, Slot
 from vlp.data.group import group_samples
@@ -90,6 +91,9 @@ class DataConfig(Config):
     `spans` masks some."""
     instruct: InstructConfig | None = None
     """What the encoder is asked and the decoder answers, of each sample's fields (OFA); none = the texts alone."""
+    boxes: str | None = None
+    """Field with the boxes that words of each caption name, lists of [first character, the one behind the last, [left,
+    top, right, bottom] as shares of the image's sides], which `model.vision.tokens boxes` reads."""
     whole_region: bool = False
     """Of a detector's regions: the whole image is one more, the first, with the mean of their features (ViLBERT)."""
     group: str | None = None
@@ -128,6 +132,7 @@ class DataConfig(Config):
                 "out a part for validation; name validation data with --data.val"
             )
         plain = {"texts_per_image": 1, "alternates": None, "alternate_share": 0.0, "group": None, "spans": None}
+        plain["boxes"] = None
         without: dict[str, Any] = {"val": None, "split": None, "sources": {}}
         own = {name: getattr(given, name) for name in SourceConfig.model_fields}
         return self.model_copy(update=own | plain | without)
@@ -233,6 +238,7 @@ class Loader:
         if global_batch < world:
             raise ValueError(f"global_batch {global_batch} is less than the {world} ranks; raise it or use fewer ranks")
         assert micro_batches >= 1
+        check_boxes(config)
         groups = None if config.group is None else group_samples(reader, config.group)
         train = TrainTransform(config.transform)
         more = (again, image_views or {}, regions, config.only)

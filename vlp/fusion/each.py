@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from encoders.types import AttentionKind, Tokens
 from objectives.base import Fused
 from vlp.fusion.pooler import Pooler
+from vlp.fusion.rows import take
 
 ImagesPerText: TypeAlias = Literal["one", "pair", "each"]
 """one; pair: two laid behind each other in one sequence; each: two, each fused with the text by itself."""
@@ -56,10 +57,8 @@ def fuse_each(
         )
     rows = torch.arange(index.numel(), device=index.device)
     owner = rows // NUM_IMAGES
-    keep = None if text.keep is None else text.keep.index_select(0, owner)
-    repeated = Tokens(text.states.index_select(0, owner), keep, text.pooled.index_select(0, owner))
     prefix = None if prefix is None else prefix.index_select(0, owner)
-    fused = fuse(repeated, index.flatten(), attention, prefix, rows % NUM_IMAGES)
+    fused = fuse(take(text, owner), index.flatten(), attention, prefix, rows % NUM_IMAGES)
     return Fused(_join(fused.image), _join(fused.text), fused.pooled.unflatten(0, (-1, NUM_IMAGES)).flatten(1))
 
 

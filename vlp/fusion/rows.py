@@ -31,8 +31,8 @@ def beside(first: Tokens, second: Tokens) -> Tokens:
 
 def take(tokens: Tokens, index: Tensor) -> Tokens:
     """Return the rows ``index`` [M] of tokens."""
-    keep = None if tokens.keep is None else tokens.keep.index_select(0, index)
-    return Tokens(tokens.states.index_select(0, index), keep, tokens.pooled.index_select(0, index))
+    keep, named = (None if one is None else one.index_select(0, index) for one in (tokens.keep, tokens.named))
+    return Tokens(tokens.states.index_select(0, index), keep, tokens.pooled.index_select(0, index), named=named)
 
 
 def pad_to(tokens: Tokens, length: int | None) -> Tokens:
@@ -45,13 +45,16 @@ def pad_to(tokens: Tokens, length: int | None) -> Tokens:
         raise ValueError("objectives.itm.candidates global needs model.text.max_length; use model.text.kind text")
     more = length - tokens.states.shape[1]
     keep = tokens.states.new_ones(tokens.states.shape[:2], dtype=torch.bool) if tokens.keep is None else tokens.keep
-    return Tokens(F.pad(tokens.states, (0, 0, 0, more)), F.pad(keep, (0, more)), tokens.pooled)
+    named = None if tokens.named is None else _named(tokens, length)
+    return Tokens(F.pad(tokens.states, (0, 0, 0, more)), F.pad(keep, (0, more)), tokens.pooled, named=named)
 
 
 def gather_tokens(tokens: Tokens, sizes: Sequence[int] | None) -> Tokens:
     """Return the tokens of all ranks, in rank order; their gradients flow back to their own rank."""
     keep = None if tokens.keep is None else gather_no_grad(tokens.keep.to(torch.uint8), sizes).bool()
-    return Tokens(gather_grad_to_all(tokens.states, sizes), keep, gather_grad_to_all(tokens.pooled, sizes))
+    named = None if tokens.named is None else gather_no_grad(tokens.named, sizes)
+    states, pooled = (gather_grad_to_all(one, sizes) for one in (tokens.states, tokens.pooled))
+    return Tokens(states, keep, pooled, named=named)
 
 
 def concatenate(parts: list[Tokens]) -> Tokens | None:
@@ -62,14 +65,23 @@ def concatenate(parts: list[Tokens]) -> Tokens | None:
         return parts[0]
     longest = max(part.states.shape[1] for part in parts)
     states = torch.cat([F.pad(part.states, (0, 0, 0, longest - part.states.shape[1])) for part in parts])
-    keep = None
+    keep = named = None
     if any(part.keep is not None or part.states.shape[1] < longest for part in parts):
         keeps = [
             part.states.new_ones(part.states.shape[:2], dtype=torch.bool) if part.keep is None else part.keep
             for part in parts
         ]
         keep = torch.cat([F.pad(k, (0, longest - k.shape[1])) for k in keeps])
-    return Tokens(states, keep, torch.cat([part.pooled for part in parts]))
+    if any(part.named is not None for part in parts):
+        named = torch.cat([_named(part, longest) for part in parts])
+    return Tokens(states, keep, torch.cat([part.pooled for part in parts]), named=named)
+
+
+def _named(tokens: Tokens, length: int) -> Tensor:
+    """What each word names, [B, length]; padding names nothing."""
+    if tokens.named is None:
+        return tokens.states.new_full((len(tokens.states), length), -1, dtype=torch.int64)
+    return F.pad(tokens.named, (0, length - tokens.named.shape[1]), value=-1)
 
 
 def split(fused: Fused, sizes: Sequence[int], lengths: Sequence[int | None]) -> list[Fused]:

@@ -39,11 +39,16 @@ class SingleStreamConfig(BesideConfig):
     """Epsilon of that norm."""
     class_token: bool = False
     """A class token of the fusion's own before all others, which `pooled` reads (FLAVA)."""
-    words_see: Literal["none", "image"] = "none"
-    """`image`: every word carries the image's one vector, `pooled` of the vision encoder, normalised (VL-BERT, whose is
-    the whole picture's); texts alone carry nothing, or `absent_image`."""
+    words_see: Literal["none", "image", "named"] = "none"
+    """`image`: every word carries the image's one vector, `pooled` of the vision encoder (VL-BERT, whose is the whole
+    picture's); texts alone carry nothing, or `absent_image`. `named`: a word carries the box that it names, the first
+    word the whole image (B2T2, with `model.vision.tokens boxes`)."""
+    words_see_by: Literal["norm", "tanh"] = "norm"
+    """How: normalised (VL-BERT), or through a dense layer with tanh, words that carry nothing too (B2T2)."""
     words_see_start: float = 1.0
     """Weight that that norm starts with (VL-BERT 0: the text begins as BERT reads it)."""
+    image_tokens: bool = True
+    """The image's tokens stand in the sequence; else words alone carry what is seen (B2T2)."""
     absent_image: bool = False
     """A learned vector that words carry where there is no image (VL-BERT's texts alone)."""
     join_norm: bool = False
@@ -92,7 +97,9 @@ class SingleStream(nn.Module):
     ) -> None:
         super().__init__()
         self.config, stack = config, config.stack
-        self.text_width = self.image_width = width = stack.width
+        self.text_width = width = stack.width
+        # No states of images: objectives that read them are refused.
+        self.image_width = width if config.image_tokens else None
         self.before_norm, both = config.before_norm, config.project == "both"
         self.image_project: nn.Module = nn.Linear(image_width, width) if both or image_width != width else nn.Identity()
         self.text_project = nn.Linear(text_width, width) if both or text_width != width else nn.Identity()
@@ -100,21 +107,14 @@ class SingleStream(nn.Module):
             self.image_project = nn.Sequential(nn.Linear(image_width, width), nn.LayerNorm(width, config.project_eps))
         self.class_token = nn.Parameter(torch.zeros(1, 1, width)) if config.class_token else None
         self.num_prefix = int(config.class_token)
-        if config.class_token and config.pooler not in ("cls", "tanh", "relu"):
-            raise ValueError(
-                f"model.fusion.pooler {config.pooler} reads both sides, but model.fusion.class_token true is read "
-                "instead of them; use cls, tanh or relu"
-            )
+        _check(config)
+        if not config.image_tokens:
+            self.image_project = nn.Identity()
         self.modality = modality_table(width, config.images) if config.modality_embedding else None
         self.order = nn.Parameter(torch.zeros(2, width)) if config.images == "pair" else None
-        self.words_see = _WordsSee(config, image_width, stack) if config.words_see == "image" else None
+        self.words_see = None if config.words_see == "none" else _WordsSee(config, image_width, stack)
         if self.words_see is not None:
             self.attention_kinds = ("full",)  # a text that is written has no image in its caches
-        elif config.absent_image:
-            raise ValueError(
-                "model.fusion.absent_image true is what words carry without an image, but they carry none with one; "
-                "set model.fusion.words_see to image, or absent_image to false"
-            )
         self.join_norm = nn.LayerNorm(width, stack.eps) if config.join_norm else None
         self.join_drop = nn.Dropout(stack.dropout if config.join_norm else 0.0)
         scale = None if config.untied is None else untied_scale(stack)
@@ -122,7 +122,7 @@ class SingleStream(nn.Module):
         self.final_norm = stack.new_norm()
         self.buckets = stack.form.new_buckets(stack.heads, both_ways=True)
         initialise(self)
-        if self.words_see is not None:
+        if self.words_see is not None and self.words_see.norm is not None:
             nn.init.constant_(self.words_see.norm.weight, config.words_see_start)
         self.untied = None if config.untied is None else self._untied(config.untied, grid)
         self.pooler = Pooler(config.pooler, width, width) if "pooled" in reads else None
@@ -210,6 +210,11 @@ class SingleStream(nn.Module):
         caches: Sequence[Cache] | None = None,
     ) -> Fused:
         """As ``forward``, without ``images: each``, whose every row is here the text's image ``number`` [M]."""
+        carried = image  # by words
+        if not self.config.image_tokens:
+            if text is None:
+                raise ValueError("model.fusion.image_tokens false: an image without a text is no sequence; set it true")
+            image = None
         parts: list[Tensor] = []
         keeps: list[Tensor] = []
         for tokens, project in ((image, self.image_project), (text, self.text_project)):
@@ -223,7 +228,7 @@ class SingleStream(nn.Module):
                 of_image = tokens is image
                 states = states + (image_modality(self.modality, number) if of_image else self.modality.weight[1])
             if tokens is text and self.words_see is not None:
-                states = states + self.words_see(image, image_index)
+                states = states + self.words_see(carried, text, image_index)
             parts.append(states)
             if keep is None or (tokens is text and not self.config.mask_text):
                 keep = states.new_ones(states.shape[:2], dtype=torch.bool)
@@ -268,26 +273,65 @@ class SingleStream(nn.Module):
         return self.pooler(image.pooled if image else None, own)
 
 
+def _check(config: SingleStreamConfig) -> None:
+    """Refuse settings that do not fit each other."""
+    one_side = config.pooler in ("cls", "tanh", "relu")
+    if config.class_token and not one_side:
+        raise ValueError(
+            f"model.fusion.pooler {config.pooler} reads both sides, but model.fusion.class_token true is read "
+            "instead of them; use cls, tanh or relu"
+        )
+    if config.words_see == "none" and config.absent_image:
+        raise ValueError(
+            "model.fusion.absent_image true is what words carry without an image, but they carry none with one; "
+            "set model.fusion.words_see to image, or absent_image to false"
+        )
+    if config.words_see != "none" and config.images == "pair":
+        raise ValueError(
+            f"model.fusion.words_see {config.words_see} adds one image's vector to a word, but model.fusion.images "
+            "pair lays two behind each other; use images each"
+        )
+    if not config.image_tokens and (config.words_see == "none" or not one_side):
+        raise ValueError(
+            "model.fusion.image_tokens false leaves the image out of the sequence, but nothing carries it, or a pooler "
+            f"{config.pooler} reads it; set model.fusion.words_see, and a pooler of cls, tanh or relu"
+        )
+
+
 class _WordsSee(nn.Module):
-    """The image's one vector, as every word carries it (Su et al. 2020, VL-BERT, section 3.2)."""
+    """What words carry of the image: its one vector (Su et al. 2020, VL-BERT, section 3.2), or what they name."""
 
     def __init__(self, config: SingleStreamConfig, image_width: int, stack: StackConfig) -> None:
         super().__init__()
-        if config.images == "pair":
-            raise ValueError(
-                "model.fusion.words_see image adds one image's vector to each word, but model.fusion.images pair lays "
-                "two behind each other; use images each"
-            )
-        self.project = nn.Identity() if image_width == stack.width else nn.Linear(image_width, stack.width)
-        self.norm = nn.LayerNorm(stack.width, stack.eps)
-        self.absent = nn.Parameter(0.02 * torch.randn(stack.width)) if config.absent_image else None
+        self.named, tanh = config.words_see == "named", config.words_see_by == "tanh"
+        linear = tanh or image_width != stack.width
+        self.project = nn.Linear(image_width, stack.width) if linear else nn.Identity()
+        self.norm = None if tanh else nn.LayerNorm(stack.width, stack.eps)
+        self.width = image_width
+        self.absent = nn.Parameter(0.02 * torch.randn(image_width)) if config.absent_image else None
 
-    def forward(self, image: Tokens | None, index: Tensor | None) -> Tensor:
-        """Images [B] at rows ``index`` [M] -> [M, 1, D] or [1, 1, D] that each row's words carry."""
+    def forward(self, image: Tokens | None, text: Tokens, index: Tensor | None) -> Tensor:
+        """Images [B] at rows ``index`` [M] and the texts -> [M, L or 1, D] that each row's words carry."""
         if image is None:
-            return self.norm.weight.new_zeros(1, 1, 1) if self.absent is None else self.norm(self.absent)[None, None]
-        pooled = image.pooled if index is None else image.pooled.index_select(0, index)
-        return self.norm(self.project(pooled))[:, None]
+            if self.absent is None and self.norm is not None:
+                return text.states.new_zeros(1, 1, 1)
+            found = text.states.new_zeros(self.width) if self.absent is None else self.absent
+            return self._by(found[None, None])
+        if not self.named:
+            pooled = image.pooled if index is None else image.pooled.index_select(0, index)
+            return self._by(pooled[:, None])
+        states, keep = gather_images(image.states, image.keep, index)
+        if keep is not None:
+            states = states * keep[..., None]
+        none = states.shape[1]  # behind the whole image, its place 0, and its boxes
+        named = text.states.new_full(text.states.shape[:2], -1, dtype=torch.int64) if text.named is None else text.named
+        place = torch.where((named >= 0) & (named < none - 1), named + 1, none)
+        place = F.pad(place[:, 1:], (1, 0), value=0)
+        seen = F.pad(states, (0, 0, 0, 1))
+        return self._by(seen.gather(1, place[..., None].expand(-1, -1, seen.shape[2])))
+
+    def _by(self, seen: Tensor) -> Tensor:
+        return torch.tanh(self.project(seen)) if self.norm is None else self.norm(self.project(seen))
 
 
 def _before_last(text: Tokens) -> Tensor:

@@ -133,7 +133,7 @@ def test_it_starts_as_the_bert_that_it_is_made_of(tmp_path: Path) -> None:
         wanted = bert(texts.ids, texts.keep.long()).last_hidden_state
         found = model.run({Encode("text")}, Batch(texts=batch.texts))[Encode("text")].states
         torch.testing.assert_close(found[texts.keep], wanted[texts.keep], rtol=1e-4, atol=1e-5)
-        carried = model.fusion.words_see(model.vision(batch.images["clean"]), batch.image_of_text)
+        carried = model.fusion.words_see(model.vision(batch.images["clean"]), model.text(texts), batch.image_of_text)
     assert carried.shape == (3, 1, 32) and not carried.any()
 
 
