@@ -73,7 +73,8 @@ class Dictionary(nn.Module):
         nearest = F.embedding(numbers, self.entries).to(values.dtype)
         tokens = values + (nearest - values).detach()
         if masked is None:
-            return tokens, None
+            # A gradient of zero where nothing is to be hidden: ranks wait for every parameter's.
+            return tokens if self.mask is None else tokens + 0 * self.mask, None
         if self.mask is None:
             raise ValueError("images have hidden cells but model.vision.dictionary.mask_token is false; set it to true")
         hidden = same_entry(numbers, masked)

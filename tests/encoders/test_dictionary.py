@@ -118,6 +118,8 @@ def test_all_cells_of_a_hidden_entry_are_hidden() -> None:
     assert torch.equal(labels, torch.where(hidden, numbers, -100)) and hidden.any()
     assert torch.equal(tokens[~hidden], shown[~hidden])
     assert torch.equal(tokens[hidden], own.mask.expand(int(hidden.sum()), -1))
+    own(cells())[0].sum().backward()
+    assert own.mask.grad is not None and not own.mask.grad.any(), "ranks wait for it also where nothing is hidden"
     with pytest.raises(ValueError, match=r"mask_token is false; set it to true"):
         dictionary()(cells(), named)
 
