@@ -19,6 +19,7 @@ from torch import Tensor
 
 from encoders.types import AttentionKind, Batch, Vocabulary
 from objectives.base import (
+    AGAIN,
     EDITED,
     MAIN,
     Draw,
@@ -55,6 +56,14 @@ class MultiviewSettings(ObjectiveSettings):
     trains_embed: ClassVar[bool] = True
     reads: ClassVar[frozenset[Side]] = frozenset()
 
+    def check(self, spec: ModelSpec, kind: str) -> None:
+        """Raise ValueError if there is no second augmentation to compare."""
+        if AGAIN in self.images and spec.feature_projection is not None:
+            raise ValueError(
+                f"objectives.{kind}.images again is another augmentation of the pixels, but model.vision.kind "
+                "region reads a detector's arrays; set it to [clean]"
+            )
+
     @property
     def passes(self) -> tuple[list[Embed], list[Embed]]:
         """Embeds of the images and of the texts."""
@@ -84,7 +93,12 @@ class MultiviewItcConfig(MultiviewSettings):
     """Share of the target that is spread evenly over all candidates."""
 
     def build(self, spec: ModelSpec) -> MultiviewItc:
-        """Build the objective."""
+        """Build the objective.
+
+        Raises:
+            ValueError: there is no second augmentation to compare.
+        """
+        self.check(spec, self.kind)
         return MultiviewItc(self)
 
 

@@ -34,7 +34,12 @@ class NearestItcConfig(MultiviewSettings):
     """Earlier texts, over all ranks, among which the nearest is sought; every view of a text is one."""
 
     def build(self, spec: ModelSpec) -> NearestItc:
-        """Build the objective."""
+        """Build the objective.
+
+        Raises:
+            ValueError: there is no second augmentation to compare.
+        """
+        self.check(spec, self.kind)
         assert spec.embed_width is not None
         return NearestItc(self, spec.embed_width)
 

@@ -257,6 +257,8 @@ def _reads(one: Pass) -> str:
         return f"{_reads(replace(one, teacher=False))}, by the teacher"
     if isinstance(one, Embed) and one.tokens:
         return f"{one.modality} {one.view}, token by token"
+    if isinstance(one, Embed) and not one.unit:
+        return f"{one.modality} {one.view}, not of unit norm"
     if isinstance(one, Encode | Embed):
         return f"{one.modality} {one.view}"
     if isinstance(one, Decode):

@@ -11,12 +11,13 @@ import torch
 from helpers import exact_losses, split_batch, tiny_batch, tiny_model
 from torch.nn import functional as F
 
+from encoders import RegionConfig
 from encoders.types import Batch, Images, Texts
 from objectives import ItcConfig, MlmConfig, MultiviewItcConfig, NearestItcConfig
 from objectives.base import Draw, Embed, ViewText
 from objectives.multiview_itc import EditedView
 from objectives.queue import VectorQueue
-from vlp.model import Model
+from vlp.model import Model, build_model
 from vlp.train.optim import OptimConfig
 from vlp.train.step import TrainStep
 
@@ -134,6 +135,16 @@ def test_it_learns_and_trains_every_weight():
     for name in ("multiview_itc/loss", "nearest_itc/loss"):
         assert last[name].item() < first[name].item()
     assert model.objectives["nearest_itc"].chance(8) == math.log(8)
+
+
+@pytest.mark.parametrize("kind", [MultiviewItcConfig, NearestItcConfig])
+def test_regions_have_no_second_augmentation(kind):
+    settings = {"texts": ("clean",)}
+    small = tiny_model("none", {"one": kind(**settings, images=("clean",))})
+    regions = small.config.model_copy(update={"vision": RegionConfig(features=8, width=32, boxes=4)})
+    build_model(regions, {"one": kind(**settings, images=("clean",))})
+    with pytest.raises(ValueError, match="images again is another augmentation of the pixels, but model"):
+        build_model(regions, {"one": kind(**settings)})
 
 
 def test_what_they_need():
