@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 from downstream.answers import ANSWER_FIELDS, read_truth
 from downstream.columns import named_split, open_table
+from downstream.task import ARRAYS
 from objectives.answer import Answer
 from vlp.data.columns import ANSWER_COLUMNS, QUESTION_COLUMNS, TEXT_COLUMNS, first_known
 from vlp.data.group import without_images
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample, decode_sample, open_reader
 from vlp.data.records import tolerated
+from vlp.data.regions import RegionLayout, read_regions
 from vlp.data.split import image_hashes
 from vlp.loaded import Loaded
 from vlp.run import open_training_data, open_validation_data
@@ -146,7 +148,11 @@ def check(
         try:
             raw = reader[index]
             shown = raw if images else without_images(raw)
-            sample = decode_sample(shown, image=data.image, text=data.text, need_image=images, need_text=False)
+            regions = any(name.rsplit(".", 1)[-1] in ARRAYS for name in raw.files)  # which stand for the image
+            need = images and not regions
+            sample = decode_sample(shown, image=data.image, text=data.text, need_image=need, need_text=False)
+            if regions:
+                read_regions(sample.key, sample.fields, RegionLayout(0, 1))
             usable(sample)
             for each in _answers(sample, answer):
                 found.answers[each].append(sample.key)
@@ -192,7 +198,8 @@ def _answers(sample: Sample, name: str | None) -> list[str]:
 
 def _kind(reason: str) -> str:
     """What a reason is about."""
-    about = {"image": "unreadable image", "answer": "no answer", "text": "empty text", "caption": "empty text"}
+    about = {"region": "unreadable regions", "npz": "unreadable regions", "image": "unreadable image"}
+    about |= {"answer": "no answer", "text": "empty text", "caption": "empty text"}
     return next((kind for word, kind in about.items() if word in reason), "unusable")
 
 

@@ -98,9 +98,7 @@ def embed_folder(
     reader = open_reader(str(source)) if isinstance(source, str | Path) else source
     bad: dict[str, str] = {}
     data = loaded.config.data.model_copy(update={"image": None, "text": None, "workers": workers})
-    gallery = open_gallery(
-        reader, data, loaded.tokenizer, model.config.vision.image_size, bad, texts=modality == "text"
-    )
+    gallery = open_gallery(reader, data, loaded.tokenizer, model.config, bad, texts=modality == "text")
     total = gallery.num_images if modality == "image" else gallery.num_texts
     if total == 0:
         key, reason = next(iter(bad.items()), ("", "no samples"))

@@ -17,20 +17,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from downstream.seeing import Seeing, seeing
 from downstream.task import evaluating, gather, gather_bad, image_key, read_samples
-from encoders.types import Batch, Images, Texts
+from encoders.types import Batch, Images, Regions, Texts
 from objectives.base import Embed, Fuse, Rows, ViewText
 from objectives.collectives import gather_no_grad, rank, world_size
 from objectives.itm import Itm
 from objectives.rank import Rank
 from vlp.data.batch import pad_texts
+from vlp.data.group import without_images
 from vlp.data.loader import DataConfig, leave_signals
 from vlp.data.order import rank_slice
 from vlp.data.reader import BadSample, Reader, decode_sample
+from vlp.data.regions import RegionArrays
 from vlp.data.tokenizer import Tokenizer
 from vlp.data.transforms import EvalTransform, pad_images
-from vlp.model import Model
+from vlp.model import Model, ModelConfig
 
+Picture: TypeAlias = Tensor | RegionArrays
+"""An image's pixels, or what a detector saw of it."""
 Matcher: TypeAlias = Itm | Rank
 """A head that scores fused pairs."""
 
@@ -49,14 +54,19 @@ class Pixels(Dataset[Any]):
     """Where the reader has each image."""
     data: DataConfig
     transform: EvalTransform
+    see: Seeing | None = None
+    """How a detector's regions are read in place of images."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Tensor | BadSample:
-        """Return uint8 [3, H, W] of the encoder's size; an unusable image comes back as its error."""
+    def __getitem__(self, index: int) -> Picture | BadSample:
+        """Return uint8 [3, H, W] of the encoder's size, or regions; an unusable image comes back as its error."""
         try:
             raw = self.reader[int(self.rows[index])]
+            if self.see is not None:
+                known = decode_sample(without_images(raw), text=self.data.text, need_image=False, need_text=False)
+                return self.see(known)
             sample = decode_sample(raw, image=self.data.image, text=self.data.text, need_text=False)
         except BadSample as error:
             return error
@@ -68,7 +78,7 @@ class Gallery:
     """What is searched, in both directions."""
 
     pixels: Dataset[Any]
-    """Item n -> uint8 [3, H, W] of image n, or a BadSample."""
+    """Item n -> uint8 [3, H, W] of image n, or its regions, or a BadSample."""
     ids: Sequence[npt.NDArray[np.int64]]
     """Token ids of each text, special ones included."""
     image_of_text: Tensor
@@ -83,6 +93,15 @@ class Gallery:
     """Most positions that the text encoder has."""
     workers: int = 0
     """Processes that decode images; 0 = this one."""
+    see: Seeing | None = None
+    """How a detector's regions are read in place of images."""
+
+    def shown(self, model: Model, pictures: Sequence[Picture]) -> Images | Regions:
+        """Lay images side by side: of one size, of their own aspect ratios (ViLT), or a detector's regions."""
+        regions = [one for one in pictures if isinstance(one, RegionArrays)]
+        if self.see is not None:
+            return self.see.laid(regions)
+        return pad_images([p for p in pictures if isinstance(p, Tensor)], getattr(model.vision, "patch_side", 1))
 
     @property
     def num_images(self) -> int:
@@ -98,7 +117,7 @@ class Gallery:
         """Return these texts, padded to the longest of them."""
         return pad_texts([ViewText(self.ids[i]) for i in index], "full", self.pad, self.max_length)
 
-    def images(self, blocks: Sequence[Sequence[int]]) -> Iterator[list[Tensor | BadSample]]:
+    def images(self, blocks: Sequence[Sequence[int]]) -> Iterator[list[Picture | BadSample]]:
         """Yield the pixels of each block of images."""
         enough = len(blocks) > self.workers and sum(map(len, blocks)) >= FEW * self.workers
         yield from DataLoader(
@@ -139,7 +158,7 @@ class Gallery:
 
 
 def open_gallery(
-    reader: Reader, data: DataConfig, tokenizer: Tokenizer, image_size: int, bad: dict[str, str], texts: bool = True
+    reader: Reader, data: DataConfig, tokenizer: Tokenizer, model: ModelConfig, bad: dict[str, str], texts: bool = True
 ) -> Gallery:
     """Make the gallery of all images and all texts; samples of the same image become one image with several texts.
 
@@ -149,7 +168,7 @@ def open_gallery(
         reader: the data.
         data: names the members or columns, and says how images are resized.
         tokenizer: text to ids.
-        image_size: of the vision encoder, in pixels.
+        model: whose images they are to be: of its size, or a detector's regions.
         bad: key -> reason of samples that cannot be used, filled on all ranks.
         texts: a sample without text is bad.
     """
@@ -170,9 +189,11 @@ def open_gallery(
             rows.append(row)
         captions += given
         image_of_text += [number[image]] * len(given)
-    transform = EvalTransform(data.transform.model_copy(update={"image_size": image_size}))
+    see = seeing(model, data)
+    side = {"image_size": model.vision.image_size} if see is None else {}  # which nobody asks of regions
+    transform = EvalTransform(data.transform.model_copy(update=side))
     return Gallery(
-        Pixels(reader, np.array(rows, dtype=np.int64), data, transform),
+        Pixels(reader, np.array(rows, dtype=np.int64), data, transform, see),
         [tokenizer.encode(caption, data.max_length)[0] for caption in captions],
         torch.tensor(image_of_text, dtype=torch.int64),
         keys,
@@ -180,6 +201,7 @@ def open_gallery(
         tokenizer.vocabulary.pad,
         data.max_length,
         data.workers,
+        see,
     )
 
 
@@ -194,11 +216,24 @@ def embed_images(model: Model, gallery: Gallery, batch: int) -> Iterator[tuple[l
     blocks = [own[first : first + batch] for first in range(0, len(own), batch)]
     for block, found in zip(blocks, gallery.images(blocks), strict=True):
         bad = {n: one.reason for n, one in zip(block, found, strict=True) if isinstance(one, BadSample)}
-        good = [one for one in found if isinstance(one, Tensor)]
+        good = [one for one in found if not isinstance(one, BadSample)]
         vectors = torch.zeros(0, model.config.embed.width, device=model.device)
         if good:
-            vectors = _embed(model, Embed("image"), Batch(images={"clean": _shown(model, good)}))
+            vectors = _embed(model, Embed("image"), Batch(images={"clean": gallery.shown(model, good)}))
         yield [n for n in block if n not in bad], vectors, bad
+
+
+def unreadable(gallery: Gallery, batch: int) -> dict[int, str]:
+    """Return the images that cannot be used, with the reason, of all ranks; for models that embed none."""
+    own = _own(gallery.num_images)
+    blocks = [own[first : first + batch] for first in range(0, len(own), batch)]
+    bad = {
+        number: one.reason
+        for block, found in zip(blocks, gallery.images(blocks), strict=True)
+        for number, one in zip(block, found, strict=True)
+        if isinstance(one, BadSample)
+    }
+    return dict(gather(list(bad.items())))
 
 
 def embed_texts(model: Model, gallery: Gallery, batch: int) -> Tensor:
@@ -274,19 +309,14 @@ def match_pairs(
     scores = [torch.zeros(0, device=model.device)]
     for (_, texts, rows), pixels in zip(own, gallery.images([images for images, _, _ in own]), strict=True):
         if broken := [one for one in pixels if isinstance(one, BadSample)]:
-            raise broken[0]  # it could be read when it was embedded
-        shown = _shown(model, pixels)  # type: ignore[arg-type]
+            raise broken[0]  # it could be read before
+        shown = gallery.shown(model, [one for one in pixels if not isinstance(one, BadSample)])
         batch = Batch({"clean": shown}, {"clean": gallery.texts(texts)}).to(model.device)
         moved = Rows(rows.image_index.to(model.device), rows.text_index.to(model.device))
         with evaluating(model):
             fused = model.run([_PAIRS], batch, rows={"pairs": moved})[_PAIRS]
             scores.append(head.score(fused.pooled).float())
     return gather_no_grad(torch.cat(scores), [sum(b.stop - b.start for b in share) for share in shares]).cpu()
-
-
-def _shown(model: Model, pixels: Sequence[Tensor]) -> Images:
-    """Images of one size, or, where the encoder takes each in its own aspect ratio (ViLT), of several."""
-    return pad_images(pixels, getattr(model.vision, "patch_side", 1))
 
 
 def _block_rows(pairs: Tensor, num_texts: int) -> tuple[list[int], list[int], Rows]:

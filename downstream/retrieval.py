@@ -156,8 +156,7 @@ class RetrievalConfig(TaskConfig):
             raise ValueError(
                 f"task retrieval: this model lacks {missing}; finetune it with vlp finetune retrieval first"
             )
-        size = model.config.vision.image_size
-        return open_gallery(reader, data, parts.tokenizer, size, bad, texts=labelled), bad
+        return open_gallery(reader, data, parts.tokenizer, model.config, bad, texts=labelled), bad
 
     def search(self, model: Model, gallery: Gallery, bad: dict[str, str]) -> Found:
         """Do what ``find`` does on an open gallery; unusable images leave it and are added to ``bad``."""

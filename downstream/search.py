@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from downstream.gallery import Gallery, Matcher, embed_shares, match_pairs
+from downstream.gallery import Gallery, Matcher, embed_shares, match_pairs, unreadable
 from downstream.metrics.retrieval import topk_chunked
 from objectives.collectives import gather_no_grad, rank, world_size
 from vlp.model import Model
@@ -152,8 +152,12 @@ def embed_usable(
         cosine: leave the scores unscaled.
     """
     space = model.space()
-    if space is None or not gallery.num_images or not gallery.num_texts:
+    if not gallery.num_images or not gallery.num_texts:
         return gallery, None
+    if space is None:
+        broken = unreadable(gallery, batch)
+        bad |= {gallery.image_keys[n]: reason for n, reason in broken.items()}
+        return gallery.without(broken) if broken else gallery, None
     images, texts, broken = embed_shares(model, gallery, batch)
     scale = 1.0 if cosine else space.logit_scale.detach().float().exp().item()
     features = Features(Share(*images), Share(*texts), scale)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 
-from encoders import RegionConfig
+from downstream.seeing import seeing
 from encoders.types import Batch, Images, Regions
 from objectives import ObjectiveConfig
 from objectives.collectives import rank, world_size
@@ -27,7 +27,7 @@ from vlp.data.group import without_images
 from vlp.data.loader import DataConfig
 from vlp.data.order import rank_slice
 from vlp.data.reader import BadSample, Reader, Sample, decode_sample
-from vlp.data.regions import RegionArrays, RegionLayout, read_regions
+from vlp.data.regions import RegionArrays
 from vlp.data.table import IMAGE_COLUMNS
 from vlp.data.transforms import EvalTransform, pad_images
 from vlp.model import Model
@@ -216,16 +216,7 @@ def seen_samples(parts: Parts, reader: Reader, bad: dict[str, str], **how: Any) 
 
     Arrays that are missing, broken or of another width are noted in ``bad`` as images that cannot be read are.
     """
-    layout, vision = _layout(parts), parts.model.config.vision
-
-    def see(sample: Sample) -> RegionArrays:
-        assert layout is not None and isinstance(vision, RegionConfig)
-        found = read_regions(sample.key, sample.fields, layout)
-        if (width := found.features.shape[1]) != vision.features:
-            raise BadSample(sample.key, f"features of its regions are {width} wide, the model reads {vision.features}")
-        return found
-
-    return read_samples(reader, parts.run.data, bad, see=None if layout is None else see, **how)
+    return read_samples(reader, parts.run.data, bad, see=seeing(parts.model.config, parts.run.data), **how)
 
 
 def only_text(sample: Sample) -> str:
@@ -260,14 +251,6 @@ def batches(parts: Parts, samples: Iterator[EvalSample], size: int) -> Iterator[
         yield group, make_batch(parts, examples)
 
 
-def _layout(parts: Parts) -> RegionLayout | None:
-    """What the model reads of a detector's regions, none of them hidden; None if it reads pixels."""
-    config = parts.model.config.vision
-    if not isinstance(config, RegionConfig):
-        return None
-    return RegionLayout(config.boxes, config.number, parts.run.data.whole_region)
-
-
 def make_batch(parts: Parts, examples: Sequence[Example], places: Sequence[int] | None = None) -> Batch:
     """Resize and tokenise examples for evaluation -> batch on the model's device, view "clean" only.
 
@@ -276,8 +259,8 @@ def make_batch(parts: Parts, examples: Sequence[Example], places: Sequence[int] 
     data, vision = parts.run.data, parts.model.config.vision
     examples = [replace(one, prefix=data.prefix) for one in examples]
     numbers = range(len(examples)) if places is None else places
-    if (layout := _layout(parts)) is not None:
-        batch = collate(examples, numbers, parts.tokenizer, {}, data.max_length, 0, regions=layout)
+    if (see := seeing(parts.model.config, data)) is not None:
+        batch = collate(examples, numbers, parts.tokenizer, {}, data.max_length, 0, regions=see.layout)
         return batch.to(parts.model.device)
     resize = EvalTransform(data.transform.model_copy(update={"image_size": vision.image_size}))
     resized: list[Example] = []

@@ -305,7 +305,7 @@ def test_rows_of_one_image_become_one_image_with_several_captions(tmp_path):
     table = write_table(tmp_path / "data.csv", rows)
     loaded = load(checkpoint(tmp_path))
     data = loaded.config.data.model_copy(update={"text": None})
-    gallery = open_gallery(open_reader(str(table)), data, loaded.tokenizer, 16, {})
+    gallery = open_gallery(open_reader(str(table)), data, loaded.tokenizer, loaded.config.model, {})
     assert gallery.image_keys == names and gallery.image_of_text.tolist() == [0, 1, 0, 1, 0]
     result = RetrievalConfig().evaluate(parts_of(loaded, data), open_reader(str(table)))
     assert {row["key"] for row in result.predictions} == {
