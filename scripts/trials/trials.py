@@ -246,7 +246,7 @@ TRIALS: dict[str, Trial] = {
         chance=words,
     ),
     "span_corruption": Trial(
-        {"span_corruption": {"mask_probability": 0.3, "span_length": None, "head": "scaled"}},
+        {"span_corruption": {"mask_probability": 0.3, "span_length": None}},
         model={"decoder": {**DECODER["decoder"], "memory": "both"}},
         chance=words,
     ),
