@@ -96,9 +96,11 @@ def attention_mask(
 
 
 def with_bias(seen: Tensor | None, bias: Tensor | None) -> Tensor | None:
-    """Which keys are seen (bool), and a bias on them (float) -> one mask for attention; both broadcastable."""
+    """Which keys are seen (bool, or a bias already), and a bias on them -> one mask for attention; broadcastable."""
     if seen is None or bias is None:
         return seen if bias is None else bias
+    if seen.is_floating_point():
+        return seen + bias
     return bias.masked_fill(~seen, -torch.inf)
 
 
