@@ -12,7 +12,7 @@ from typing import Any
 
 from vlp.checkpoint.foreign import Family, Recipe, Renamed, Rule, Shapes, State, count_layers, rename_by
 
-_STAGES = {(3, 4, 6): "resnet50", (3, 4, 23): "resnet101", (3, 8, 36): "resnet152"}
+_STAGES: dict[tuple[int, ...], str] = {(3, 4, 6): "resnet50", (3, 4, 23): "resnet101", (3, 8, 36): "resnet152"}
 _PIXELS = {256: 256, 512: 256, 768: 384}
 """Side of the images by width (tiny, medium, base); the larger ones have 480."""
 _BART, _CODES, _BINS = 50_265, 8192, 1000
