@@ -130,7 +130,7 @@ def collate(
     views: Mapping[str, View],
     max_length: int,
     seed: int,
-    image_views: Mapping[str, ImageView] | None = None,
+    image_views: Mapping[str, ImageView | None] | None = None,
     regions: RegionLayout | None = None,
 ) -> Batch:
     """Make a batch: the view "clean" of images and texts, and every other text view.
@@ -144,7 +144,7 @@ def collate(
         views: Text views besides "clean", by name.
         max_length: Most ids of a text.
         seed: Of the run.
-        image_views: Image views with hidden patches, by name.
+        image_views: Image views besides "clean" by name, and which patches they hide; None: none.
         regions: What is read of the regions that the examples have in place of images.
 
     Returns:
@@ -266,7 +266,7 @@ def _image_of_text(numbers: Sequence[int], images: int) -> Tensor:
 def _visions(
     samples: Sequence[Example],
     positions: Sequence[int],
-    views: Mapping[str, ImageView],
+    views: Mapping[str, ImageView | None],
     layout: RegionLayout | None,
     draw: Draw,
 ) -> Mapping[str, Images | Regions]:
@@ -305,11 +305,14 @@ def _images(examples: Sequence[Example]) -> dict[str, Images]:
 
 
 def hide_patches(
-    clean: Images, views: Mapping[str, ImageView], positions: Sequence[int], number: int, draw: Draw
+    clean: Images, views: Mapping[str, ImageView | None], positions: Sequence[int], number: int, draw: Draw
 ) -> dict[str, Images]:
     """Return the views with hidden patches of ``number`` images at each position, drawn for each image."""
     found = {}
     for name, view in views.items():
+        if view is None:
+            found[name] = clean
+            continue
         masks = np.stack(
             [view.make(draw.sample(numbered(f"image:{name}", i), place)) for place in positions for i in range(number)]
         )

@@ -99,7 +99,7 @@ class Fetch(Dataset[Fetched]):
     seed: int
     again: bool = False
     """Whether the images come a second time, augmented anew."""
-    image_views: Mapping[str, ImageView] = field(default_factory=dict)
+    image_views: Mapping[str, ImageView | None] = field(default_factory=dict)
     """Image views with hidden patches."""
     regions: RegionLayout | None = None
     """What is read of a detector's regions, in place of images; None: images."""

@@ -204,7 +204,7 @@ class Loader:
         world: Number of ranks.
         shuffle: Draw a new order every epoch, else read as stored.
         again: Give also the view "again" of the images, augmented anew.
-        image_views: Image views with hidden patches, by name (``Model.image_views()``).
+        image_views: Image views besides "clean" by name, and what they hide (``Model.image_views()``); None: nothing.
         regions: What is read of a detector's regions, in place of images; None: images are read.
         sources: What fetches the samples of other sources than ``reader``, by name; ``config`` has their ratios.
 
@@ -231,7 +231,7 @@ class Loader:
         world: int = 1,
         shuffle: bool = True,
         again: bool = False,
-        image_views: Mapping[str, ImageView] | None = None,
+        image_views: Mapping[str, ImageView | None] | None = None,
         regions: RegionLayout | None = None,
         sources: Mapping[str, Fetch] | None = None,
     ):

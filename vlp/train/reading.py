@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from encoders.region import RegionEncoder
-from objectives.base import AGAIN, Objective, View
+from objectives.base import AGAIN, WHOLE, Objective, View
 from objectives.collectives import rank, world_size
 from objectives.mrm import Mrm
 from objectives.spans import SpannedView
@@ -135,7 +135,8 @@ def _wanted(model: Model, objectives: Mapping[str, Objective], whole_region: boo
     """What the objectives that a source trains read of it; texts alone have no regions."""
     names = model.image_names(objectives)
     layout = None if only == "text" else region_layout(model, whole_region, names)
-    hidden = image_views(objectives)
+    # Views that are read of pixels, but of which no objective hides anything (itm's masked beside MLM alone).
+    hidden = dict.fromkeys(sorted(names - {"clean", AGAIN, WHOLE})) | image_views(objectives)
     return {"views": text_views(objectives), "again": AGAIN in names, "image_views": hidden, "regions": layout}
 
 

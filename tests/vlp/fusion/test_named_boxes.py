@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import SIZES, VOCABULARY
 from PIL import Image
+from test_recipes import resolved
 from torch.nn import functional as F
 
 from encoders import GridConfig, TextConfig
@@ -29,6 +30,10 @@ from vlp.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 from vlp.fusion.rows import concatenate, pad_to, take
 from vlp.fusion.single import SingleStreamConfig
 from vlp.model import Model, ModelConfig, build_model
+from vlp.pretrain import pretrain
+from vlp.run import settle
+from vlp.shrink import shrink
+from vlp.train.log import read_metrics
 
 BOXES = torch.tensor([[[0.1, 0.2, 0.6, 0.9], [0.0, 0.0, 1.0, 1.0]], [[0.5, 0.25, 1.0, 0.5], [0.0, 0.0, 0.0, 0.0]]])
 FUSION: dict[str, Any] = {
@@ -217,3 +222,16 @@ def test_what_would_move_boxes_is_refused(table: Path) -> None:
         build(transform={"image_size": 64})
     with pytest.raises(ValueError, match=r"data\.pairing would move"):
         build(pairing=PairingConfig(false_text=0.5))
+
+
+def test_the_recipe_runs_on_pairs_without_boxes(table: Path, tmp_path: Path) -> None:
+    run = shrink(resolved("pretrain/b2t2"))
+    rows = {"samples": 12, "global_batch": 6, "micro_batch": 6, "log_every": 1}
+    data = {"train": str(table), "workers": 0, "tokenizer": TokenizerConfig(size=90, min_frequency=1)}
+    optim = run.train.optim.model_copy(update={"warmup": 0})
+    train = run.train.model_copy(update={**rows, "optim": optim})
+    run = settle(run.model_copy(update={"data": run.data.model_copy(update=data), "train": train}))
+    found = pretrain(run, tmp_path / "run", torch.device("cpu"))
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert found.finished and len(records) == 2
+    assert all(np.isfinite([record["mlm/loss"], record["itm/loss"]]).all() for record in records)
