@@ -17,8 +17,8 @@ from vlp.data.columns import ANSWER_COLUMNS, QUESTION_COLUMNS, TEXT_COLUMNS, fir
 from vlp.data.group import without_images
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample, decode_sample, open_reader
-from vlp.data.records import tolerated
-from vlp.data.regions import RegionLayout, read_regions
+from vlp.data.records import IMAGE_EXTENSIONS, tolerated
+from vlp.data.regions import RegionLayout, read_all_regions
 from vlp.data.split import image_hashes
 from vlp.loaded import Loaded
 from vlp.run import open_training_data, open_validation_data
@@ -148,11 +148,12 @@ def check(
         try:
             raw = reader[index]
             shown = raw if images else without_images(raw)
-            regions = any(name.rsplit(".", 1)[-1] in ARRAYS for name in raw.files)  # which stand for the image
-            need = images and not regions
+            endings = {name.rsplit(".", 1)[-1] for name in raw.files}
+            regions = not endings.isdisjoint(ARRAYS) and (not images or endings.isdisjoint(IMAGE_EXTENSIONS))
+            need = images and not regions  # these stand for the image
             sample = decode_sample(shown, image=data.image, text=data.text, need_image=need, need_text=False)
             if regions:
-                read_regions(sample.key, sample.fields, RegionLayout(0, 1))
+                read_all_regions(sample.key, sample.fields, RegionLayout(0, 1))
             usable(sample)
             for each in _answers(sample, answer):
                 found.answers[each].append(sample.key)

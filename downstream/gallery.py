@@ -66,7 +66,7 @@ class Pixels(Dataset[Any]):
             raw = self.reader[int(self.rows[index])]
             if self.see is not None:
                 known = decode_sample(without_images(raw), text=self.data.text, need_image=False, need_text=False)
-                return self.see(known)
+                return self.see(known)[0]
             sample = decode_sample(raw, image=self.data.image, text=self.data.text, need_text=False)
         except BadSample as error:
             return error

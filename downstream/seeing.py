@@ -10,7 +10,7 @@ from encoders.types import Regions
 from objectives.base import Draw
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Sample
-from vlp.data.regions import RegionArrays, RegionLayout, read_regions, region_views
+from vlp.data.regions import RegionArrays, RegionLayout, read_all_regions, region_views
 from vlp.model import ModelConfig
 
 
@@ -23,15 +23,16 @@ class Seeing:
     width: int
     """Of their features."""
 
-    def __call__(self, sample: Sample) -> RegionArrays:
-        """Return a sample's regions.
+    def __call__(self, sample: Sample) -> tuple[RegionArrays, ...]:
+        """Return the regions of each of a sample's images.
 
         Raises:
             BadSample: the arrays are missing or broken, or of another width.
         """
-        found = read_regions(sample.key, sample.fields, self.layout)
-        if (width := found.features.shape[1]) != self.width:
-            raise BadSample(sample.key, f"features of its regions are {width} wide, the model reads {self.width}")
+        found = read_all_regions(sample.key, sample.fields, self.layout)
+        for one in found:
+            if (width := one.features.shape[1]) != self.width:
+                raise BadSample(sample.key, f"features of its regions are {width} wide, the model reads {self.width}")
         return found
 
     def laid(self, found: Sequence[RegionArrays]) -> Regions:

@@ -158,13 +158,15 @@ class EvalSample:
     """Its number in the reader."""
     image: str
     """Equal for samples of one source that show the same image."""
-    regions: RegionArrays | None = None
-    """What a detector saw of the image, where the model reads that in its place."""
+    regions: tuple[RegionArrays, ...] = ()
+    """What a detector saw of each image, where the model reads that in its place."""
 
     def shown(self, text: str, *, second: str | None = None, image_id: int | None = None) -> Example:
         """Return the sample's image, or what a detector saw of it, with a text."""
-        images = self.sample.images if self.regions is None else ()
-        return Example(self.sample.key, images, text, second=second, regions=self.regions, image_id=image_id)
+        one = Example(self.sample.key, self.sample.images, text, second=second, image_id=image_id)
+        if not self.regions:
+            return one
+        return replace(one, images=(), regions=self.regions[0], more_regions=self.regions[1:])
 
 
 def read_samples(
@@ -176,7 +178,7 @@ def read_samples(
     texts: bool = True,
     several: bool = True,
     indices: Sequence[int] | None = None,
-    see: Callable[[Sample], RegionArrays] | None = None,
+    see: Callable[[Sample], tuple[RegionArrays, ...]] | None = None,
 ) -> Iterator[EvalSample]:
     """Yield the reader's samples in order; those that cannot be used are noted in ``bad``.
 
@@ -204,7 +206,7 @@ def read_samples(
             )
             if not several:
                 only_text(sample)
-            seen = None if see is None else see(sample)
+            seen = () if see is None else see(sample)
         except BadSample as error:
             bad[error.key] = error.reason
             continue

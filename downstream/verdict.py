@@ -31,7 +31,6 @@ from downstream.task import (
     read_samples,
     seen_samples,
 )
-from encoders import RegionConfig
 from encoders.types import Batch
 from objectives import AnswerConfig, ObjectiveConfig, PairAttentionConfig
 from objectives.answer import Answer
@@ -41,6 +40,7 @@ from vlp.data.batch import Example
 from vlp.data.fetch import Prepare
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
+from vlp.data.regions import region_members
 from vlp.fusion import NoFusionConfig
 from vlp.fusion.dual import DualStreamConfig
 from vlp.model import Model, ModelConfig
@@ -217,9 +217,8 @@ class VerdictConfig(TaskConfig):
 
     def _whole(self, parts: Parts, samples: Iterable[EvalSample], bad: dict[str, str]) -> Iterator[EvalSample]:
         """The samples that have as many images as a text has here."""
-        regions = isinstance(parts.model.config.vision, RegionConfig) and self.images == 1
         for one in samples:
-            number = self.images if regions else len(one.sample.images)
+            number = len(one.regions) or len(one.sample.images)
             if number == self.images:
                 yield one
             else:
@@ -251,8 +250,9 @@ class VerdictPrepare:
         """
         label = self.task.read_label(sample)
         text = only_text(sample)
-        if sample.images and len(sample.images) != self.task.images:
-            raise BadSample(sample.key, f"{len(sample.images)} images, {WORDS[self.task.images]} are wanted")
+        number = len(sample.images) or len(region_members(sample.fields))
+        if number and number != self.task.images:
+            raise BadSample(sample.key, f"{number} images, {WORDS[self.task.images]} are wanted")
         target = np.zeros(len(self.index), dtype=np.float32)
         target[self.index[same(label)]] = 1
         return Example(sample.key, sample.images, text, targets={"answer_scores": target})

@@ -52,6 +52,8 @@ class Example:
     """Spans of the text that name boxes of the image; None in all examples of a batch: boxes are not read."""
     regions: RegionArrays | None = None
     """What a detector saw of the image, in place of it."""
+    more_regions: tuple[RegionArrays, ...] = ()
+    """What it saw of further images, the same number in all examples of a task."""
     targets: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     """By name, what the task needs beside; stacked over the examples of the batch."""
     image_id: int | None = None
@@ -161,8 +163,9 @@ def collate(
     samples = [example for example, number in zip(examples, numbers, strict=True) if number == 0]
     places = [place for place, number in zip(positions, numbers, strict=True) if number == 0]
     images, image_of_text = _visions(samples, places, image_views or {}, regions, draw), None
-    if images and (len(samples[0].images) > 1 or len(samples) < len(examples)):
-        image_of_text = _image_of_text(numbers, max(1, len(samples[0].images)))
+    number = _number(samples[0])
+    if images and (number > 1 or len(samples) < len(examples)):
+        image_of_text = _image_of_text(numbers, number)
     batch = Batch(
         images=images,
         texts=texts,
@@ -272,11 +275,28 @@ def _visions(
 ) -> Mapping[str, Images | Regions]:
     """The views of all images, or of what a detector saw of them."""
     if layout is not None:
-        return region_views([one.regions for one in samples if one.regions is not None], positions, layout, draw)
+        for one in samples:
+            _check_number(one, samples[0], _number(one), _number(samples[0]))
+        found = [each for one in samples if one.regions is not None for each in (one.regions, *one.more_regions)]
+        places = [place for place, one in zip(positions, samples, strict=True) for _ in range(_number(one))]
+        return region_views(found, places, layout, draw)
     images = _images(samples)
     if images and views:
         images |= hide_patches(images["clean"], views, positions, len(samples[0].images), draw)
     return images
+
+
+def _number(example: Example) -> int:
+    """An example's images, seen or told by a detector, at least one."""
+    return max(1, len(example.images), 1 + len(example.more_regions))
+
+
+def _check_number(one: Example, first: Example, number: int, wanted: int) -> None:
+    if number != wanted:
+        raise ValueError(
+            f"data: sample '{one.key}' has {number} images, sample '{first.key}' has {wanted}; "
+            "all samples of a task need the same number, name the images with data.image"
+        )
 
 
 def _images(examples: Sequence[Example]) -> dict[str, Images]:
@@ -284,11 +304,7 @@ def _images(examples: Sequence[Example]) -> dict[str, Images]:
     first = examples[0]
     number = len(first.images)
     for example in examples:
-        if len(example.images) != number:
-            raise ValueError(
-                f"data: sample '{example.key}' has {len(example.images)} images, sample '{first.key}' has {number}; "
-                "all samples of a task need the same number, name the images with data.image"
-            )
+        _check_number(example, first, len(example.images), number)
     pixels = [image for example in examples for image in example.images]
     if not pixels:
         return {}
@@ -328,7 +344,7 @@ def _image_ids(examples: Sequence[Example]) -> Tensor:
     ids = []
     for example in examples:
         own = stable_hash(example.key) if example.image_id is None else example.image_id
-        ids += [own] if len(example.images) <= 1 else [stable_hash(f"{own}/{i}") for i in range(len(example.images))]
+        ids += [own] if _number(example) == 1 else [stable_hash(f"{own}/{i}") for i in range(_number(example))]
     return torch.tensor(ids, dtype=torch.int64)
 
 

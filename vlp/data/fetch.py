@@ -25,7 +25,7 @@ from vlp.data.group import Groups, without_images
 from vlp.data.instruct import instructed
 from vlp.data.pairing import pair
 from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
-from vlp.data.regions import RegionArrays, RegionLayout, read_regions
+from vlp.data.regions import RegionArrays, RegionLayout, read_all_regions, read_regions
 from vlp.data.sources import Only
 from vlp.data.spans import one_caption, spans_of
 from vlp.data.tokenizer import Tokenizer
@@ -151,14 +151,14 @@ class Fetch(Dataset[Fetched]):
         images = tuple(self.transform(image, generator, said) for image in samples[0].images)
         generator = self.draw.sample("augment/again", position)
         again = tuple(self.transform(image, generator, said) for image in samples[0].images) if self.again else ()
-        regions = self._regions(samples[0], position, index)
+        regions, more = self._regions(samples[0], position, index)
         examples: list[Example] = []
         for number, sample in enumerate(samples):
             original = sample
             if self.config.alternates is not None:
                 sample = self._alternate(sample, self.config.alternates, position, number)
             one = self._prepared(replace(sample, images=images), position, number, index)
-            one = self._paired(replace(one, regions=regions), sample, position, number, index)
+            one = self._paired(replace(one, regions=regions, more_regions=more), sample, position, number, index)
             if self.config.prefix is not None or self.config.answer is not None:
                 generator = self.draw.sample(numbered("answer", number), position)
                 one = ask(one, sample, self.config.prefix, self.config.answer, generator)
@@ -226,15 +226,19 @@ class Fetch(Dataset[Fetched]):
         found += found >= index
         return self._without_image(self.reader[found if self.groups is None else int(self.groups[found][0])])
 
-    def _regions(self, sample: Sample, position: int, index: int) -> RegionArrays | None:
-        """What a detector saw of the sample's image, and of another one's where a view shows such regions."""
+    def _regions(
+        self, sample: Sample, position: int, index: int
+    ) -> tuple[RegionArrays | None, tuple[RegionArrays, ...]]:
+        """What a detector saw of the sample's image, and of another one's where a view shows such regions; and of its
+        further images.
+        """
         if self.regions is None:
-            return None
-        found = read_regions(sample.key, sample.fields, self.regions)
+            return None, ()
+        found, *more = read_all_regions(sample.key, sample.fields, self.regions)
         if not self.regions.replaces:
-            return found
+            return found, tuple(more)
         other = self._other(position, index)
-        return replace(found, other=read_regions(other.key, other.fields, self.regions).features)
+        return replace(found, other=read_regions(other.key, other.fields, self.regions).features), tuple(more)
 
     def _paired(self, example: Example, sample: Sample, position: int, number: int, index: int) -> Example:
         """The example with its second segment, made false for its share of the positions."""

@@ -118,6 +118,23 @@ def read_regions(key: str, fields: Mapping[str, Any], layout: RegionLayout) -> R
     return RegionArrays(found.pop("features"), found.pop("boxes"), {name: _typed(found[name]) for name in found})
 
 
+def region_members(fields: Mapping[str, Any]) -> list[str]:
+    """Return the names of the members with a whole image's arrays each: ``npz``, or ``0.npz``, ``1.npz`` and so on."""
+    numbers = sorted(int(name[:-4]) for name in fields if name.endswith(".npz") and name[:-4].isdecimal())
+    return ["npz"] if "npz" in fields else [f"{number}.npz" for number in numbers]
+
+
+def read_all_regions(key: str, fields: Mapping[str, Any], layout: RegionLayout) -> tuple[RegionArrays, ...]:
+    """Read the regions of each of a sample's images, as ``read_regions`` does those of one.
+
+    Raises:
+        BadSample: as there.
+    """
+    names = region_members(fields)
+    several = [{**fields, "npz": fields[name]} for name in names] if len(names) > 1 else [fields]
+    return tuple(read_regions(key, each, layout) for each in several)
+
+
 def _chosen(number: int, most: int, confidence: Array | None) -> Array:
     """Indices of the regions that are taken, in their order."""
     if number <= most or confidence is None or len(confidence) != number:
