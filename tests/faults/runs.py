@@ -10,9 +10,10 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
@@ -26,7 +27,10 @@ from vlp.recipes import dump_yaml
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["vlp.cli", "vlp.pretrain", "vlp.checkpoint.card", "tokenizers", "transformers.utils", "torch.utils.tensorboard"]
+    [
+        *("vlp.cli", "vlp.pretrain", "vlp.checkpoint.card", "downstream.finetune"),
+        *("tokenizers", "transformers.tokenization_utils_tokenizers", "torch.utils.tensorboard"),
+    ]
 )
 
 BATCH = 6
@@ -107,10 +111,18 @@ class Run:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
+    def kill_group(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to it and its workers, as a terminal, `timeout` and Slurm do."""
+        assert self.process.pid is not None
+        os.killpg(self.process.pid, number)
+
     def end(self, timeout: float = 60) -> int:
-        """Wait until it ends; return its exit code, negative for a signal."""
+        """Wait until it ends; return its exit code, negative for a signal. What does not end is killed."""
         self.process.join(timeout)
-        assert self.process.exitcode is not None, f"still running: {self.said()}"
+        if self.process.exitcode is None:
+            self.kill_group()
+            self.process.join()
+            raise AssertionError(f"did not end in {timeout:g} s: {self.said()}")
         return self.process.exitcode
 
     def said(self) -> str:
@@ -149,6 +161,26 @@ def _work(words: Sequence[str], output: str, env: Mapping[str, str]) -> None:
 
     torch.set_num_threads(1)
     sys.exit(main(words))
+
+
+def both(begin: Callable[..., Run], *words: str | Path) -> list[Run]:
+    """Start the two ranks of a run, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    envs = ({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2))
+    return [begin(*words, env=env, tag=env["RANK"]) for env in envs]
+
+
+def end_both(ranks: Sequence[Run], timeout: float = 60) -> list[int]:
+    """Wait until both ranks end; return their exit codes. Where one does not, both are killed."""
+    try:
+        return [run.end(timeout) for run in ranks]
+    finally:
+        for run in ranks:
+            if run.process.is_alive():
+                run.kill_group()
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

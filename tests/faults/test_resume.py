@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
-from runs import BATCH, Run, checkpoints, losses, pretrain, resume, weights
+from runs import BATCH, Run, both, checkpoints, end_both, losses, pretrain, resume, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,36 +125,22 @@ def test_a_kill_before_the_first_checkpoint(recipe, whole, tmp_path):
     assert_same_end(run, whole)
 
 
-def both(start, *words) -> list[Run]:
-    """Start the two ranks of a run, as torchrun does."""
-    return [start(*words, env=rank_env, tag=str(number)) for number, rank_env in enumerate(rank_envs())]
-
-
-def rank_envs() -> list[dict[str, str]]:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-
-
 def test_two_ranks_killed_and_resumed(recipe, tmp_path):
-    """A step of 5 samples: 3 for the first rank and 2 for the second, each in two micro-batches."""
-    folders = [tmp_path / name for name in ("whole", "run")]
+    """A step of 5 samples: 3 for the first rank and 2 for the second, each in two micro-batches; workers or not."""
+    folders = {0: tmp_path / "whole", 2: tmp_path / "run"}
     flags = ("--device", "cpu", "--train.global-batch", "5", "--train.micro-batch", "2", "--train.save-every", "15")
-    for folder in folders:
-        ranks = both(runs.start, folder, "pretrain", recipe, "--out", folder, *flags)
+    for workers, folder in folders.items():
+        more = ("--data.workers", str(workers), "--out", folder)
+        ranks = both(runs.start, folder, "pretrain", recipe, *flags, *more)
         if folder.name == "run":
             ranks[0].wait_for(40)
             for run in ranks:
                 run.kill()
-            assert [run.end() for run in ranks] == [-signal.SIGKILL] * 2
+            assert end_both(ranks) == [-signal.SIGKILL] * 2
             ranks = both(runs.start, folder, "pretrain", "--resume", folder, "--device", "cpu")
-        assert [run.end() for run in ranks] == [0, 0], "".join(run.said() for run in ranks)
-    assert weights(folders[0]) == weights(folders[1])
-    assert losses(folders[0]) == losses(folders[1])
+        assert end_both(ranks) == [0, 0], "".join(run.said() for run in ranks)
+    assert weights(folders[0]) == weights(folders[2])
+    assert losses(folders[0]) == losses(folders[2])
 
 
 def torchrun(folder: Path, *words: str | Path) -> subprocess.Popen[bytes]:
