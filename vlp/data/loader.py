@@ -131,6 +131,11 @@ class DataConfig(Config):
                 f"data.sources.{source}.train names the data of data.train, of which data.split {self.split:g} holds "
                 "out a part for validation; name validation data with --data.val"
             )
+        if given.pairing is not None and given.pairing.false_from != "any":
+            raise ValueError(
+                f"data.sources.{source}.pairing.false_from {given.pairing.false_from}: only data.train's captions are "
+                "compared; leave it out"
+            )
         plain = {"texts_per_image": 1, "alternates": None, "alternate_share": 0.0, "group": None, "spans": None}
         plain["boxes"] = None
         without: dict[str, Any] = {"val": None, "split": None, "sources": {}}

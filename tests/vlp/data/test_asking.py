@@ -117,6 +117,9 @@ def test_sources_ask_in_their_own_words(tokenizer, tmp_path):
     }
     config = DataConfig(train=captions, only="text", prefix="span prediction:", sources=sources, mix="joint", workers=0)
     assert config.of("match").pairing == PairingConfig(false_text=0.5) and config.of("vqa").pairing is None
+    alike = config.sources["match"].model_copy(update={"pairing": PairingConfig(false_text=0.5, false_from="alike")})
+    with pytest.raises(ValueError, match=r"only data\.train's captions are compared; leave it out"):
+        config.model_copy(update={"sources": {"match": alike}}).of("match")
     found = run(config, tokenizer)
     assert {name: {text.split(":")[0].strip() for text, _ in pairs} for name, pairs in found.items()} == {
         "main": {"span prediction"},
