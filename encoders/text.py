@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.form import FormConfig
-from encoders.layers import Activation, Block, Cache, attention_mask, initialise, with_bias
+from encoders.layers import Activation, Block, attention_mask, initialise, with_bias
 from encoders.stack_weights import load_bert
 from encoders.types import Texts, Tokens
 from vlp.config import Config
@@ -320,12 +320,3 @@ def pool(states: Tensor, texts: Texts, how: Pool, eos: int | None = None) -> Ten
         assert eos is not None
         at = (texts.ids == eos).int().argmax(1)
     return states.gather(1, at[:, None, None].expand(-1, 1, states.shape[2]))[:, 0]
-
-
-def run_cached(
-    blocks: nn.ModuleList, caches: list[Cache], states: Tensor, mask: Tensor | None, **memory: Tensor | None
-) -> Tensor:
-    """Run ``blocks`` on the newest tokens, extending ``caches`` (one a block) in place."""
-    for block, cache in zip(blocks, caches, strict=True):
-        states = block(states, mask, cache=cache, **memory)
-    return states

@@ -89,9 +89,10 @@ class Decoder(nn.Module):
                     f"{stack.width}, and a memory of that width; change it or share embeddings"
                 )
             for block, theirs in zip(blocks, fusion.blocks, strict=True):
-                for name in ("attention", "attention_norm", "feed", "feed_norm"):
+                for name in ("attention", "attention_norm", "attention_after", "feed", "feed_norm"):
                     setattr(block, name, getattr(theirs, name))
                 block.cross, block.cross_norm = block.attention, block.attention_norm
+                block.cross_after = block.attention_after
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = stack.new_norm()
         self.buckets = stack.form.new_buckets(stack.heads, both_ways=False)
