@@ -196,7 +196,7 @@ def closed_vqa(case: Case) -> None:
     recorded, task = Recorded(case), VqaConfig()
     ((name, head),) = recorded.loaded.config.objectives.items()
     logits = recorded.output("vqa_logits", "logits", "scores").double()
-    wanted = logits.sigmoid() if head.loss == "bce" else logits.softmax(1)
+    wanted = logits.sigmoid() if head.loss != "ce" else logits.softmax(1)
     targets = recorded.batch.targets["answer_scores"]
     fields = [
         {"answer_scores": {answer: score for answer, score in zip(head.answers, row, strict=True) if score}}
