@@ -161,7 +161,7 @@ def verdicts(case: Case, task: VerdictConfig) -> None:
     ((name, head),) = [(n, one) for n, one in config.objectives.items() if hasattr(one, "answers")]
     order = [[same(answer) for answer in head.answers].index(same(label)) for label in task.labels]
     logits = recorded.output("prediction", "nlvr2_logits", "logits", "scores").double()
-    wanted = logits.sigmoid() if getattr(head, "loss", "ce") == "bce" else logits.softmax(1)
+    wanted = logits.sigmoid() if getattr(head, "loss", "ce") in ("bce", None) else logits.softmax(1)
     truth = recorded.batch.targets["answer_scores"].argmax(1)
     fields = [
         {"label": head.answers[label].upper(), "identifier": f"dev-{row}-0-0"}
