@@ -112,8 +112,9 @@ class Dictionary(nn.Module):
         spread = (total(self.squares) / number - mean.square()).clamp(min=0).sqrt()
         share = (1 - self.config.momentum) * (count > 0).to(count.dtype)
         moved = self.entries.lerp(sums / count.clamp(min=1), share)
-        self.entries.copy_(torch.where(self.placed, moved, mean + spread * self.entries))
-        self.placed.logical_or_(count.any())
+        seen = count.any()  # a step of texts alone has no cells to lie among
+        self.entries.copy_(torch.where(self.placed | ~seen, moved, mean + spread * self.entries))
+        self.placed.logical_or_(seen)
         self.totals.zero_()
         self.squares.zero_()
 

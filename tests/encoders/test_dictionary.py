@@ -221,3 +221,13 @@ def test_the_teacher_reads_by_the_students_entries() -> None:
     model.before_step()
     assert torch.equal(model.teacher.vision.dictionary.entries, model.vision.dictionary.entries)
     assert not model.teacher.vision.dictionary.totals.any()
+
+
+def test_a_step_without_images_leaves_the_entries_to_the_first_that_has_some() -> None:
+    own = dictionary().train()
+    before = own.entries.clone()
+    own.follow(lambda x: x)
+    assert torch.equal(own.entries, before) and not own.placed
+    own(cells())
+    own.follow(lambda x: x)
+    assert own.placed and len(own.entries.unique(dim=0)) == 10
