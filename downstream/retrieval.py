@@ -10,7 +10,6 @@ print, and i2t_mean, the fraction of its captions that are found.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -29,12 +28,13 @@ from downstream.search import (
     part_of,
     second_stage,
 )
-from downstream.task import R, Result, TaskConfig, no_labels
+from downstream.task import R, Result, TaskConfig, image_key, no_labels, read_samples
 from objectives import ItcConfig, ItmConfig, LmConfig, ObjectiveConfig, RankConfig
 from objectives.itm import Itm
 from objectives.rank import Rank
 from vlp.data.benchmark import STYLES, emoji_path, emoji_split_hash
 from vlp.data.fetch import Prepare, pair_example
+from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, open_reader
 from vlp.fusion import NoFusionConfig
 from vlp.model import Model
@@ -219,7 +219,7 @@ class RetrievalConfig(TaskConfig):
         among, asking = other, None
         if self.weight_among is not None:
             among = open_reader(spec, image=data.image, text=data.text, root=data.root, where=self.weight_among)
-            asking = _keys(other)
+            asking = image_names(other, data)
         weight = choose_weight(self.find(parts, among), self.weights, asking)
         name = spec if isinstance(spec, str) else ", ".join(spec)
         source = f"w = {weight:g}, chosen on {len(other)} samples of {name} {self.weight_where or ''}".rstrip()
@@ -232,13 +232,9 @@ class RetrievalConfig(TaskConfig):
         return list(tables.values())[-1] | prefixed
 
 
-def _keys(reader: Reader) -> set[str]:
-    """Keys of all samples that can be read."""
-    keys = set()
-    for index in range(len(reader)):
-        with suppress(BadSample):
-            keys.add(reader[index].key)
-    return keys
+def image_names(reader: Reader, data: DataConfig) -> set[str]:
+    """Return the names of the images of all samples that can be read, as a gallery has them."""
+    return {image_key(one.sample, data) for one in read_samples(reader, data, {}, images=False)}
 
 
 def _metrics(found: Found, weight: float | None) -> dict[str, float]:

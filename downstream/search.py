@@ -127,10 +127,18 @@ def choose_weight(found: Found, grid: Sequence[float], asking: Collection[str] |
     Args:
         found: both directions over a gallery for which the answers are known.
         grid: weights to choose from.
-        asking: keys of the images whose queries, and whose texts' queries, count; None = all.
+        asking: names of the images whose queries, and whose texts' queries, count; None = all.
+
+    Raises:
+        ValueError: none of these images is there.
     """
     gallery = found.gallery
     images = torch.tensor([asking is None or key in asking for key in gallery.image_keys])
+    if not images.any():
+        raise ValueError(
+            "task.weight_among has none of the images of task.weight_where, whose queries choose the weight; let it "
+            "include them"
+        )
     sides = (found.i2t, images), (found.t2i, images[gallery.image_of_text])
 
     def quality(weight: float) -> float:

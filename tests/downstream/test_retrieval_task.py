@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import FIRST_WORD, PIXELS, VOCABULARY, tiny_model
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from toys import COLORS, FILLINGS, TRAIN, caption_table, checkpoint, picture, write_table
@@ -18,7 +19,7 @@ import vlp.fusion.dual
 from downstream.evaluate import parts_of
 from downstream.gallery import Gallery, embed_shares, image_blocks, match_pairs, open_gallery
 from downstream.metrics.retrieval import topk_chunked
-from downstream.retrieval import ITC, ITM, SUM, RetrievalConfig, data_hash
+from downstream.retrieval import ITC, ITM, SUM, RetrievalConfig, data_hash, image_names
 from downstream.search import Candidates, Found, Share, choose_weight, true_ranks
 from downstream.task import evaluating
 from encoders.types import Batch, Images
@@ -412,3 +413,17 @@ def write_folder(folder):
     (folder / "images").mkdir()
     picture(folder / "images" / "a.png", "red")
     return folder / "images"
+
+
+def test_those_that_ask_are_named_as_in_the_gallery(tmp_path):
+    """In a table samples are named by their rows, images by their paths."""
+    (tmp_path / "data.csv").write_text("image,caption,split\n" + "".join(f"{n}.png,a {n},{n % 2}\n" for n in range(4)))
+    for n in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{n}.png")
+    reader = open_reader(str(tmp_path / "data.csv"), where={"split": "1"})
+    assert image_names(reader, DataConfig()) == {"1.png", "3.png"}
+    one = Candidates(
+        torch.tensor([[0, 1]] * 2), torch.ones(2, 2), torch.ones(2, 2), torch.tensor([1, 1]), torch.eye(2).bool()
+    )
+    with pytest.raises(ValueError, match=r"weight_among has none of the images of task\.weight_where"):
+        choose_weight(Found(make_gallery(2, [1, 1]), one, one, {}), (0.0, 5.0), {"nobody"})
