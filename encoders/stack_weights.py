@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from encoders.layers import Attention
+from encoders.layers import ACTIVATIONS, Attention, FeedForward
 from encoders.sources import local_source
+
+if TYPE_CHECKING:
+    from transformers import T5Config
 
 Side: TypeAlias = Literal["encoder", "decoder"]
 _Rules: TypeAlias = tuple[tuple[str, str], ...]
@@ -41,6 +44,8 @@ _T5_LETTERS = {
     "wi_1": "up",
     "wo": "down",
 }
+_T5_ACTIVATIONS = {"gelu_new": "gelu_tanh"}
+"""Names of activations that are others here."""
 _T5_LAYERS = {"SelfAttention": "attention", "EncDecAttention": "cross", "DenseReluDense": "feed"}
 
 
@@ -91,12 +96,13 @@ def load_bert(module: nn.Module, source: str, *, embeddings: bool, first: int = 
     """
     from transformers import AutoModel
 
-    state = AutoModel.from_pretrained(local_source(source), dtype=torch.float32).state_dict()
+    whole = AutoModel.from_pretrained(local_source(source), dtype=torch.float32)
+    state = whole.state_dict()
     is_t5 = "shared.weight" in state and "encoder.final_layer_norm.weight" in state
     theirs = rename_t5(state, side) if is_t5 else rename_bert(state)
     ours = module.state_dict()
     if is_t5:
-        _check_t5(module, source)
+        _check_t5(module, source, whole.config)
     wanted = {}
     for name, tensor in ours.items():
         if name.startswith("blocks.") and (is_t5 or ".cross" not in name):
@@ -124,11 +130,26 @@ def load_bert(module: nn.Module, source: str, *, embeddings: bool, first: int = 
     module.load_state_dict(wanted, strict=False)
 
 
-def _check_t5(module: nn.Module, source: str) -> None:
+def _check_t5(module: nn.Module, source: str, config: T5Config) -> None:
     """Refuse a stack that would take a T5's weights and compute something else with them."""
     scales = {part.scale for part in module.modules() if isinstance(part, Attention)}
     if scales and (scales != {1.0} or getattr(module, "buckets", None) is None):
         raise ValueError(
             f"init {source!r} is a T5, whose layers are of another form; set model.text.norm pre and model.text.form "
             "{norm: rms, bias: false, scaled: false, buckets: 32}"
+        )
+    gated, ours = config.is_gated_act, _T5_ACTIVATIONS.get(config.dense_act_fn, config.dense_act_fn)
+    for part in module.modules():
+        if isinstance(part, FeedForward) and (
+            part.activation is not ACTIVATIONS.get(ours) or gated != (part.gate is not None)
+        ):
+            raise ValueError(
+                f"init {source!r} has feed-forwards of another kind; set model.text.activation {ours} and "
+                f"model.text.form.gated {str(gated).lower()}"
+            )
+    buckets = getattr(module, "buckets", None)
+    if buckets is not None and buckets.distance != config.relative_attention_max_distance:
+        raise ValueError(
+            f"init {source!r} has distances up to {config.relative_attention_max_distance}; set "
+            "model.text.form.distance to that"
         )

@@ -198,6 +198,31 @@ def test_weights_of_another_form_are_refused(pair, tmp_path):
     text = TextConfig(width=16, layers=2, heads=2, hidden=24, vocabulary_size=40, init=str(tmp_path))
     with pytest.raises(ValueError, match=r"is a T5, whose layers are of another form; set model.text.norm pre"):
         text.build().load_pretrained()
+    theirs = pair[0].config
+    activation, gated = KINDS[theirs.feed_forward_proj]
+    for others, gates, distance, wanted in (
+        ("gelu", gated, 12, rf"set model\.text\.activation {activation} and model\.text\.form\.gated {gated}"),
+        (activation, not gated, 12, rf"form\.gated {gated}"),
+        (activation, gated, 128, r"distances up to 12; set model\.text\.form\.distance"),
+    ):
+        form = FormConfig(norm="rms", bias=False, scaled=False, gated=gates, head_width=6, buckets=8, distance=distance)
+        stack = TextConfig(
+            width=16,
+            layers=2,
+            heads=2,
+            hidden=24,
+            norm="pre",
+            eps=1e-6,
+            activation=others,
+            form=form,
+            vocabulary_size=40,
+            absolute_positions=False,
+            segments=0,
+            embed_norm=False,
+            init=str(tmp_path),
+        )
+        with pytest.raises(ValueError, match=f"(?i){wanted}"):
+            stack.build().load_pretrained()
 
 
 def test_only_stacks_that_can_have_another_form_take_it():
