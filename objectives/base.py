@@ -298,6 +298,8 @@ class ModelSpec:
     """Entries of the vision encoder's dictionary that can be hidden, and cells of an image; None where it has none."""
     max_length: int | None = None
     """Ids of the longest text; None where the text encoder does not say."""
+    reads_pixels: bool = True
+    """Whether images are pixels, which can be augmented, and not a detector's regions."""
     feature_projection: nn.Parameter | None = None
     """[D, F] that regions' features go through in the vision encoder, for tied heads."""
 

@@ -58,7 +58,7 @@ class MultiviewSettings(ObjectiveSettings):
 
     def check(self, spec: ModelSpec, kind: str) -> None:
         """Raise ValueError if there is no second augmentation to compare."""
-        if AGAIN in self.images and spec.feature_projection is not None:
+        if AGAIN in self.images and not spec.reads_pixels:
             raise ValueError(
                 f"objectives.{kind}.images again is another augmentation of the pixels, but model.vision.kind "
                 "region reads a detector's arrays; set it to [clean]"

@@ -46,7 +46,7 @@ class SimSiamConfig(ObjectiveSettings):
                 "objectives.simsiam.input embed reads the contrastive space, which no objective trains; add itc, or "
                 "use pooled"
             )
-        if spec.feature_projection is not None:
+        if not spec.reads_pixels:
             raise ValueError(
                 "objective simsiam needs two augmentations of an image, but model.vision.kind region reads a "
                 "detector's; use another vision encoder, or remove simsiam"

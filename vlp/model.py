@@ -183,6 +183,7 @@ class Model(nn.Module):
             patch_size=getattr(self.vision, "patch_size", 16),
             dictionary=self.vision.hideable if isinstance(self.vision, GridEncoder) else None,
             max_length=getattr(config.text, "max_length", None),
+            reads_pixels=not isinstance(self.vision, RegionEncoder),
             feature_projection=getattr(self.vision, "feature_projection", None),
         )
 

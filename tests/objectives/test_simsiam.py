@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from encoders import RegionConfig
 from encoders.types import Batch, Images
-from objectives import ItcConfig, SimSiamConfig
+from objectives import ItcConfig, ItmConfig, MultiviewItcConfig, SimSiamConfig
 from objectives.base import Draw, Embed, Encode
 from objectives.simsiam import BatchNorm
 from vlp.model import Model, build_model
@@ -113,3 +113,13 @@ def test_what_it_needs():
     regions = alone.config.model_copy(update={"vision": RegionConfig(features=8, width=32, boxes=4)})
     with pytest.raises(ValueError, match="simsiam needs two augmentations of an image, but model"):
         build_model(regions, alone.objective_configs)
+
+
+@pytest.mark.parametrize("merge", ["norm_sum", "concat"])
+def test_a_detectors_regions_are_refused(merge: str) -> None:
+    small = tiny_model("single_stream", ("itm",)).config
+    regions = RegionConfig(features=8, boxes=4, width=small.text.width, merge=merge)
+    config = small.model_copy(update={"vision": regions})
+    for objective in (SimSiamConfig(width=16, hidden=8), MultiviewItcConfig()):
+        with pytest.raises(ValueError, match=r"model\.vision\.kind region reads a detector's"):
+            build_model(config, {"own": objective, "itm": ItmConfig(negatives="random")})
