@@ -6,6 +6,8 @@ Shapes: Q pairs or vectors in the queue, S new ones, E embedding.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -87,8 +89,14 @@ class VectorQueue(nn.Module):
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Return the queued vector nearest to each of ``vectors`` [S, E], [S, E]."""
-        return self.vectors.index_select(0, (vectors.to(self.vectors.dtype) @ self.vectors.T).argmax(1))
+        """Return the queued vector nearest to each of ``vectors`` [S, E], [S, E].
+
+        Autocast is off: in bf16 many are equally near.
+        """
+        device = vectors.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            near = vectors.to(self.vectors.dtype) @ self.vectors.T
+        return self.vectors.index_select(0, near.argmax(1))
 
     @torch.no_grad()
     def append(self, vectors: Tensor) -> None:

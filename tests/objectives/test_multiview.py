@@ -159,3 +159,14 @@ def test_what_they_need():
         batch = views_of(2)
         kept: dict[str, Texts] = {name: text for name, text in batch.texts.items() if name != "edited"}
         model.losses(replace(batch, texts=kept), Draw(0))
+
+
+def test_the_nearest_is_found_in_float32() -> None:
+    """Vectors that lie close together, as learned ones do, are all equally near in bf16."""
+    torch.manual_seed(0)
+    queue, towards = VectorQueue(2048, 64), 2 * F.normalize(torch.randn(64), dim=0)
+    queue.vectors.copy_(F.normalize(queue.vectors + towards, dim=1))
+    asking = F.normalize(F.normalize(torch.randn(64, 64), dim=1) + towards, dim=1)
+    wanted = queue.vectors[(asking @ queue.vectors.T).argmax(1)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(queue.nearest(asking), wanted)
