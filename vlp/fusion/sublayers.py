@@ -230,6 +230,8 @@ class Sublayers(nn.Module):
     def __init__(self, config: SublayersConfig, image_width: int, text_width: int, reads: frozenset[Side]) -> None:
         super().__init__()
         stack = config.stack
+        if stack.normformer:
+            raise ValueError("model.fusion.normformer true: sublayers have no norms of that kind; set it to false")
         self.text_width, self.image_width = stack.width, config.image_width or image_width
         described = config.sublayers or ("tt tv vt vv shared", "t v shared") * stack.layers
         self.config = config.model_copy(update={"sublayers": described, "image_width": self.image_width})

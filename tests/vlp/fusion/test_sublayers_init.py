@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
+from encoders.text import TextConfig
 from encoders.types import Tokens
 from vlp.fusion.sublayers import Sublayers, SublayersConfig
 
@@ -56,3 +57,8 @@ def test_only_what_reads_its_own_text_is_filled(bert: BertModel) -> None:
 def test_a_bert_of_too_few_layers_is_refused(bert: BertModel) -> None:
     with pytest.raises(ValueError, match=r"has no blocks\.3"):
         build(bert.folder, *("tt", "t") * 4)  # type: ignore[arg-type]
+
+
+def test_norms_that_it_does_not_have_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"normformer true: sublayers have no norms of that kind"):
+        SublayersConfig(layers=1).beside(TextConfig(width=32, heads=2, normformer=True)).build(32, 32, frozenset())
