@@ -62,6 +62,7 @@ class Decoder(nn.Module):
         self.embeddings = _embeddings(config.share, stack, text)
         scale = None if config.untied is None else untied_scale(stack)
         blocks = [stack.block(memory_width, scale) for _ in range(stack.layers)]
+        final_norm = stack.new_norm()
         for block in blocks:
             initialise(block)
         if config.share == "all_but_self_attention":
@@ -93,8 +94,9 @@ class Decoder(nn.Module):
                     setattr(block, name, getattr(theirs, name))
                 block.cross, block.cross_norm = block.attention, block.attention_norm
                 block.cross_after = block.attention_after
+            final_norm = fusion.final_norm
         self.blocks = nn.ModuleList(blocks)
-        self.final_norm = stack.new_norm()
+        self.final_norm = final_norm
         self.buckets = stack.form.new_buckets(stack.heads, both_ways=False)
         if self.buckets is not None:
             initialise(self.buckets)

@@ -123,3 +123,15 @@ def test_what_does_not_fit():
         ValueError, match=r"decoder.share all needs model.fusion single_stream with 2 layers and width 32"
     ):
         model_of(fusion="dual_stream")
+
+
+def test_a_decoder_that_shares_everything_of_a_pre_norm_stack_with_more_norms():
+    sizes = SIZES | {"norm": "pre", "normformer": True}
+    small = tiny_model("single_stream", ("itm",)).config
+    parts = {
+        "fusion": small.fusion.model_copy(update=sizes),
+        "decoder": DecoderConfig(**sizes, share="all", memory="both"),
+    }
+    model = build_model(small.model_copy(update=parts), {"denoise": DenoiseConfig()})
+    given = {id(p) for p in [*model.fusion.parameters(), *model.text.parameters()]}
+    assert [name for name, p in model.decoder.named_parameters() if id(p) not in given] == []
