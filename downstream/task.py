@@ -22,6 +22,7 @@ from objectives import ObjectiveConfig
 from objectives.collectives import rank, world_size
 from vlp.config import Config
 from vlp.data.batch import Example, collate
+from vlp.data.boxes import boxes_of
 from vlp.data.fetch import Prepare
 from vlp.data.group import without_images
 from vlp.data.loader import DataConfig
@@ -160,10 +161,14 @@ class EvalSample:
     """Equal for samples of one source that show the same image."""
     regions: tuple[RegionArrays, ...] = ()
     """What a detector saw of each image, where the model reads that in its place."""
+    boxes: str | None = None
+    """Field with the boxes that its words name; None: they are not read."""
 
     def shown(self, text: str, *, second: str | None = None, image_id: int | None = None) -> Example:
         """Return the sample's image, or what a detector saw of it, with a text."""
         one = Example(self.sample.key, self.sample.images, text, second=second, image_id=image_id)
+        if self.boxes is not None:
+            one = replace(one, named=boxes_of(self.sample, self.boxes, text))
         if not self.regions:
             return one
         return replace(one, images=(), regions=self.regions[0], more_regions=self.regions[1:])
@@ -207,10 +212,13 @@ def read_samples(
             if not several:
                 only_text(sample)
             seen = () if see is None else see(sample)
+            boxes = data.boxes if images else None
+            if boxes is not None:
+                boxes_of(sample, boxes, next(iter(sample.texts), None))
         except BadSample as error:
             bad[error.key] = error.reason
             continue
-        yield EvalSample(sample, index, f"{raw.source}:{image_key(sample, data)}", seen)
+        yield EvalSample(sample, index, f"{raw.source}:{image_key(sample, data)}", seen, boxes)
 
 
 def seen_samples(parts: Parts, reader: Reader, bad: dict[str, str], **how: Any) -> Iterator[EvalSample]:

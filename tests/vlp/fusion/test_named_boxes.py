@@ -15,6 +15,7 @@ from PIL import Image
 from test_recipes import resolved
 from torch.nn import functional as F
 
+from downstream.task import batches, seen_samples
 from encoders import GridConfig, TextConfig
 from encoders.grid import pooled_boxes
 from encoders.types import Batch, Images, Texts, Tokens
@@ -31,7 +32,7 @@ from vlp.fusion.rows import concatenate, pad_to, take
 from vlp.fusion.single import SingleStreamConfig
 from vlp.model import Model, ModelConfig, build_model
 from vlp.pretrain import pretrain
-from vlp.run import settle
+from vlp.run import Parts, RunConfig, settle
 from vlp.shrink import shrink
 from vlp.train.log import read_metrics
 
@@ -235,3 +236,13 @@ def test_the_recipe_runs_on_pairs_without_boxes(table: Path, tmp_path: Path) -> 
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert found.finished and len(records) == 2
     assert all(np.isfinite([record["mlm/loss"], record["itm/loss"]]).all() for record in records)
+
+
+def test_evaluations_read_boxes_too(table: Path) -> None:
+    model = model_of({"itm": ItmConfig()})
+    run = RunConfig(model=model.config, objectives={"itm": ItmConfig()}, data=config_of(table))
+    parts = Parts(run, model, tokenizer(), open_reader(str(table)))
+    bad: dict[str, str] = {}
+    ((_, batch),) = batches(parts, seen_samples(parts, parts.reader, bad), 3)
+    assert not bad and batch.images["clean"].boxes.shape == (3, 2, 4)
+    assert (batch.texts["clean"].boxes >= 0).any(1).tolist() == [True, True, False]
