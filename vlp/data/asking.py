@@ -6,7 +6,8 @@ Shapes: L ids of a text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -54,11 +55,16 @@ def ask(
 def _drawn(key: str, field: str, found: object, generator: np.random.Generator) -> str:
     """One of the texts of a field."""
     scores = {found: 1.0} if isinstance(found, str) else found
-    if isinstance(scores, list | tuple):
-        scores = {text: float(scores.count(text)) for text in scores}
-    if not isinstance(scores, Mapping) or not sum(scores.values()):
+    if isinstance(scores, list | tuple):  # of texts, or of VQA's mappings with a text each
+        scores = Counter(str(one.get("answer", "") if isinstance(one, Mapping) else one) for one in scores)
+    if not isinstance(scores, Mapping) or not scores:
         raise BadSample(key, f"no {field}, which is to be written")
-    weights = np.array(list(scores.values()), dtype=np.float64)
+    try:
+        weights = np.array([float(score) for score in scores.values()])
+    except (TypeError, ValueError) as error:
+        raise BadSample(key, f"{field} has scores that are no numbers: {error}") from error
+    if weights.min() < 0 or not 0 < weights.sum() < np.inf:
+        raise BadSample(key, f"{field} has scores below 0, or none above")
     return str(list(scores)[int(generator.choice(len(weights), p=weights / weights.sum()))])
 
 
@@ -68,6 +74,13 @@ def prefix_ids(tokenizer: Tokenizer, prefix: str | None, max_length: int) -> npt
         return np.zeros(0, dtype=np.int64)
     ids, _ = tokenizer.encode(prefix, max_length)
     return ids[~np.isin(ids, list(tokenizer.vocabulary.special))]
+
+
+def prefixed(tokenizer: Tokenizer, texts: Iterable[str], prefix: str | None, max_length: int) -> list[ViewText]:
+    """Return texts as they are read, behind the words before them, with special ids; ``max_length`` is of both."""
+    before = prefix_ids(tokenizer, prefix, max_length)
+    length = max(max_length - len(before), 3)
+    return [put_before(ViewText(tokenizer.encode(text, length)[0]), before, tokenizer.begins) for text in texts]
 
 
 def put_before(text: ViewText, prefix: npt.NDArray[np.int64], begins: bool) -> ViewText:

@@ -115,7 +115,7 @@ def instructed(
             return _drawn(other() if false else sample, number)
         if name == "match":
             return "no" if false else "yes"
-        if (found := sample.fields.get(name)) in (None, "", []):
+        if (found := sample.fields.get(name)) in (None, "", [], {}):
             raise BadSample(sample.key, f"no {name}, which data.instruct wants")
         found = _parsed(found) if spec else found
         if spec == OBJECTS:

@@ -11,6 +11,7 @@ from objectives.base import AGAIN, WHOLE, Objective, View
 from objectives.collectives import rank, world_size
 from objectives.mrm import Mrm
 from objectives.spans import SpannedView
+from vlp.data.asking import ANSWER
 from vlp.data.fetch import Fetch, Prepare, image_example, pair_example
 from vlp.data.loader import DataConfig, Loader
 from vlp.data.regions import NAMES, RegionLayout
@@ -58,6 +59,9 @@ def open_loader(parts: Parts, prepare: Prepare) -> Loader:
         raise ValueError("train.sample draws the objectives, and data.sources the data of a step; set one of the two")
     wanted = {name: _wanted(parts.model, found, main.whole_region, only[name]) for name, found in trains.items()}
     check_spans(wanted[MAIN]["views"], main)
+    for name, data in {MAIN: main, **{name: data for name, (_, data) in sources.items()}}.items():
+        if name != MAIN or prepare is pair_example:  # a task says itself what is written
+            check_answer(wanted[name]["views"], data, "data" if name == MAIN else f"data.sources.{name}")
     fetches = {
         name: Fetch(
             reader,
@@ -94,6 +98,15 @@ def check_spans(views: Mapping[str, View], data: DataConfig) -> None:
         raise ValueError(
             f"objectives.mlm.spans masks spans of kinds {kinds}, but data.spans names no field that has them; set it, "
             "or leave out objectives.mlm.spans"
+        )
+
+
+def check_answer(views: Mapping[str, View], data: DataConfig, where: str) -> None:
+    """Raise ValueError if what is to be written is nothing but the text that is read."""
+    if ANSWER in views and data.answer is None and data.instruct is None:
+        raise ValueError(
+            f"objective lm writes the view {ANSWER}, but {where} says nothing of what that is, and a text would be "
+            f"copied; set {where}.answer or {where}.instruct, or name the objective's source"
         )
 
 

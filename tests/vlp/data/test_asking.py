@@ -14,7 +14,7 @@ from objectives.base import View
 from objectives.lm import CausalView
 from objectives.mlm import MaskedView
 from objectives.span_corruption import GIVEN, WRITTEN, SpanView
-from vlp.data.asking import ask
+from vlp.data.asking import ask, prefixed
 from vlp.data.batch import Example, collate
 from vlp.data.fetch import pair_example
 from vlp.data.loader import DataConfig, Loader
@@ -22,6 +22,7 @@ from vlp.data.pairing import PairingConfig
 from vlp.data.reader import BadSample, Sample, open_reader
 from vlp.data.shards import write_shards
 from vlp.data.tokenizer import TokenizerConfig, build_tokenizer
+from vlp.train.reading import check_answer
 
 CAPTIONS = ["a red dog runs over the green hill", "two cats sleep", "what is it"]
 VIEWS: dict[str, View] = {
@@ -167,3 +168,40 @@ def run(config: DataConfig, tokenizer) -> dict[str, list[tuple[str, str]]]:
         read, written = ([tokenizer.decode(row) for row in batch.texts[name].ids] for name in ("clean", "lm:answer"))
         found.setdefault(batch.source, []).extend(zip(read, written, strict=True))
     return found
+
+
+def test_what_is_written_must_be_said(tmp_path):
+    """Else the text that is read would be copied."""
+    data = DataConfig(train="captions", sources={"vqa": {"train": "questions", "answer": "answers"}})
+    views = {"lm:answer": CausalView()}
+    check_answer(views, data.of("vqa"), "data.sources.vqa")
+    check_answer({"causal": CausalView()}, data, "data")
+    with pytest.raises(ValueError, match=r"a text would be copied; set data\.answer or data\.instruct"):
+        check_answer(views, data, "data")
+
+
+def test_a_gallery_reads_the_words_before_texts(tokenizer):
+    texts = ["two cats sleep", "a dog"]
+    found = prefixed(tokenizer, texts, "vqa:", 12)
+    whole = [tokenizer.encode(f"vqa: {text}", 12)[0].tolist() for text in texts]
+    assert [one.ids.tolist() for one in found] == whole
+    plain = [tokenizer.encode(text, 12)[0].tolist() for text in texts]
+    assert [one.ids.tolist() for one in prefixed(tokenizer, texts, None, 12)] == plain
+
+
+@pytest.mark.parametrize("value", [{}, [], 3, {"a": "much"}, {"a": -1.0, "b": 2.0}, {"a": 0.0}, {"a": float("nan")}])
+def test_answers_that_cannot_be_drawn_are_a_bad_sample(value):
+    with pytest.raises(BadSample, match="answers"):
+        ask(
+            Example("k", (), "q"),
+            Sample("k", (), ("q",), {"answers": value}),
+            None,
+            "answers",
+            np.random.default_rng(0),
+        )
+
+
+def test_answers_as_vqa_has_them():
+    sample = Sample("k", (), ("q",), {"answers": [{"answer": "yes", "answer_id": 1}] * 2})
+    found = ask(Example("k", (), "q"), sample, None, "answers", np.random.default_rng(0))
+    assert found.other_texts == {"lm:answer": "yes"}
