@@ -58,9 +58,9 @@ def inherited(config: LoadedConfig, training: bool = False) -> Layer:
     exactly = set() if training else {"antialias", "resampler", "crop", "crop_share", "multiple", "max_patches"}
     transform = data.transform.model_dump(include={"resize", "interpolation", "fill", *exactly})
     tokenizer = data.tokenizer.model_dump()
-    return Layer(
-        {"data": {"tokenizer": tokenizer, "max_length": data.max_length, "transform": transform}}, "checkpoint"
-    )
+    read = {"tokenizer": tokenizer, "max_length": data.max_length, "whole_region": data.whole_region}
+    prefix = {} if training else {"prefix": data.prefix}  # which a task that is trained states itself
+    return Layer({"data": read | prefix | {"transform": transform}}, "checkpoint")
 
 
 def parts_of(loaded: Loaded, data: DataConfig) -> Parts:

@@ -24,6 +24,7 @@ from objectives.base import Embed, Fuse, Rows, ViewText
 from objectives.collectives import gather_no_grad, rank, world_size
 from objectives.itm import Itm
 from objectives.rank import Rank
+from vlp.data.asking import prefixed
 from vlp.data.batch import pad_texts
 from vlp.data.group import without_images
 from vlp.data.loader import DataConfig, leave_signals
@@ -194,7 +195,7 @@ def open_gallery(
     transform = EvalTransform(data.transform.model_copy(update=side))
     return Gallery(
         Pixels(reader, np.array(rows, dtype=np.int64), data, transform, see),
-        [tokenizer.encode(caption, data.max_length)[0] for caption in captions],
+        [one.ids for one in prefixed(tokenizer, captions, data.prefix, data.max_length)],
         torch.tensor(image_of_text, dtype=torch.int64),
         keys,
         captions,

@@ -18,11 +18,12 @@ from torch.nn import functional as F
 
 from encoders.types import Batch, Images, Texts, Tokens
 from objectives.answer import Answer
-from objectives.base import Embed, Encode, Fuse, Pass, ViewText
+from objectives.base import Embed, Encode, Fuse, Pass
 from objectives.itm import Itm
 from objectives.lm import Lm
 from objectives.rank import Rank
 from vlp.config import build
+from vlp.data.asking import prefixed
 from vlp.data.batch import pad_texts
 from vlp.data.decode import decode_image, rgb_tensor
 from vlp.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
@@ -301,7 +302,7 @@ class Loaded:
             raise ValueError(f"texts should be strings, not {type(wrong[0]).__name__}: {wrong[0]!r:.60}")
         length = self.config.data.max_length
         return pad_texts(
-            [ViewText(self.tokenizer.encode(text, length)[0]) for text in texts],
+            prefixed(self.tokenizer, texts, self.config.data.prefix, length),
             "full",
             self.tokenizer.vocabulary.pad,
             length,

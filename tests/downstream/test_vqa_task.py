@@ -354,3 +354,12 @@ def test_easy_vqa_is_read_in_its_official_split():
     assert 0 < len(only) < len(test) and only[3].fields["answer"] == "yes"
     with pytest.raises(ValueError, match="'easy-vqa:val' is not a split"):
         open_reader("easy-vqa:val")
+
+
+def test_what_a_checkpoint_reads_is_read_again(tmp_path):
+    """The region that is the whole image; in evaluations also the words before texts, which a finetuning states."""
+    config = vlp.load(toys.checkpoint(tmp_path, ("itm",))).config
+    config = config.model_copy(update={"data": config.data.model_copy(update={"whole_region": True, "prefix": "vqa:"})})
+    evaluated, trained = (inherited(config, training).tree["data"] for training in (False, True))
+    assert evaluated["whole_region"] and trained["whole_region"]
+    assert evaluated["prefix"] == "vqa:" and "prefix" not in trained
