@@ -38,6 +38,8 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         "side": math.isqrt(shapes["encoder.embed_image_positions.weight"][0] - 1),
     }
     stages = tuple(count_layers(shapes, rf"encoder\.embed_images\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3))
+    if stages not in _STAGES:
+        raise ValueError(f"OFA's image encoder has stages of {stages} blocks, which is none of {list(_STAGES)}")
     side = config.get("patch_image_size", _PIXELS.get(width, 480))
     own = words >= _BART + _CODES + _BINS
     tree = {

@@ -171,3 +171,10 @@ def test_what_is_known_of_a_file_by_its_shapes(tmp_path: Path) -> None:
     torch.save({"model": {**state, "decoder.embed_tokens.weight": torch.ones(WORDS, WIDTH)}}, tmp_path / "ofa.pt")
     with pytest.raises(ValueError, match=r"are both text.embeddings.word.weight here, but differ"):
         vlp.load(tmp_path / "ofa.pt", config={"patch_image_size": 32})
+
+
+def test_an_image_encoder_of_other_stages_is_refused(tmp_path: Path) -> None:
+    state = {name: one for name, one in drawn().items() if not name.startswith("encoder.embed_images.layer3.5.")}
+    torch.save({"model": state}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"stages of \(3, 4, 5\) blocks, which is none of"):
+        vlp.load(tmp_path / "other.pt")
