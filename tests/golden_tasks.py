@@ -66,13 +66,14 @@ class Rows:
 
     fields: Sequence[Mapping[str, Any]]
     images: int = 1
+    features: int = 2
     fingerprint: str = "recorded"
 
     def __len__(self) -> int:
         return len(self.fields)
 
     def __getitem__(self, index: int) -> RawSample:
-        files = {"npz": NPZ} | {f"{number}.png": PNG for number in range(self.images)}
+        files = {"npz": _npz(self.features)} | {f"{number}.png": PNG for number in range(self.images)}
         return RawSample(str(index), "recorded", files, dict(self.fields[index]), (f"text {index}",))
 
     def samples(self) -> list[Sample]:
@@ -86,13 +87,13 @@ def _png() -> bytes:
     return file.getvalue()
 
 
-def _npz() -> bytes:
+def _npz(width: int) -> bytes:
     file = io.BytesIO()
-    np.savez(file, features=np.zeros((1, 2), dtype=np.float32), boxes=np.zeros((1, 4)), width=4, height=4)
+    np.savez(file, features=np.zeros((1, width), dtype=np.float32), boxes=np.zeros((1, 4)), width=4, height=4)
     return file.getvalue()
 
 
-PNG, NPZ = _png(), _npz()
+PNG = _png()
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,11 @@ class Recorded:
     @cached_property
     def batch(self) -> Batch:
         return self.adapter.batch(self.case, self.loaded)
+
+    @property
+    def features(self) -> int:
+        """Width of a region model's features."""
+        return getattr(self.loaded.config.model.vision, "features", 2)
 
     def parts(self, tokenizer: Any = None, data: Mapping[str, Any] | None = None) -> Parts:
         """What tasks take."""
@@ -167,7 +173,7 @@ def verdicts(case: Case, task: VerdictConfig) -> None:
         {"label": head.answers[label].upper(), "identifier": f"dev-{row}-0-0"}
         for row, label in enumerate(truth.tolist())
     ]
-    reader, parts = Rows(fields, task.images), recorded.parts()
+    reader, parts = Rows(fields, task.images, recorded.features), recorded.parts()
     assert task.lacks(model) is None
     with recorded.instead():
         result = task.evaluate(parts, reader, VerdictSurvey({task.labels[0]: 1}))
@@ -203,7 +209,7 @@ def closed_vqa(case: Case) -> None:
         for row in targets.tolist()
     ]
     fields = [one if one["answer_scores"] else {"answer_scores": {head.answers[0]: 0.0}} for one in fields]
-    reader, parts = Rows(fields), recorded.parts()
+    reader, parts = Rows(fields, features=recorded.features), recorded.parts()
     with recorded.instead():
         result = task.evaluate(parts, reader)
     best = wanted.max(1)
