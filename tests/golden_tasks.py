@@ -73,7 +73,9 @@ class Rows:
         return len(self.fields)
 
     def __getitem__(self, index: int) -> RawSample:
-        files = {"npz": _npz(self.features)} | {f"{number}.png": PNG for number in range(self.images)}
+        before = [""] if self.images == 1 else [f"{number}." for number in range(self.images)]
+        regions = {f"{one}npz": _npz(self.features) for one in before}
+        files = regions | {f"{number}.png": PNG for number in range(self.images)}
         return RawSample(str(index), "recorded", files, dict(self.fields[index]), (f"text {index}",))
 
     def samples(self) -> list[Sample]:
