@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from rich.markup import escape
 from rich.table import Table
 
 from downstream import AnyTask
@@ -229,7 +230,7 @@ def result_table(task: AnyTask, result: Result, before: Result | None = None, ti
     """Return the metrics as a table to print: before (where there is one), now, and each blind floor."""
     columns: list[tuple[str, Mapping[str, float]]] = [("before", before.metrics)] if before is not None else []
     columns += [("after" if before is not None else "model", result.metrics), *result.floors.items()]
-    table = Table(title=title or task.kind, caption="\n".join(result.notes), caption_justify="left")
+    table = Table(title=title or task.kind, caption=escape("\n".join(result.notes)), caption_justify="left")
     table.add_column("metric")
     for name, _ in columns:
         table.add_column(name, justify="right")

@@ -34,8 +34,9 @@ class InfillConfig(ObjectiveSettings):
     """Weight of this loss in the sum."""
     mask_probability: float = Field(0.3, gt=0, lt=1)
     """Share of the words that are missing."""
-    mean_length: float = Field(3.0, gt=0)
-    """Mean of a span's number of words, which follows a Poisson distribution; one of none is a mask too many."""
+    mean_length: float = Field(3.0, ge=2)
+    """Mean of a span's number of words, which follows a Poisson distribution; one of none is a mask too many, so that
+    shorter spans would make texts longer."""
     head: WordHead = "bert"
     """What gives the word scores: BERT's prediction head, one linear map, or that without a bias (BART, OFA)."""
     tied: bool = True

@@ -128,8 +128,8 @@ def find_recipe(name: str | Path, group: str = "") -> Path:
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path.resolve()
-        beside = sorted(each.stem for each in path.parent.glob(f"*{path.suffix}"))
-        hint = did_you_mean(path.stem, beside, otherwise=f"the recipes in {path.parent.as_posix()} are")
+        beside = sorted(each.name for each in path.parent.glob("*.y*ml"))
+        hint = did_you_mean(path.name, beside, otherwise=f"the recipes in {path.parent.as_posix()} are")
         raise ConfigError(f"recipe {path.as_posix()}: no such file; {hint}")
     wanted, known = path.as_posix(), list_recipes()
     exact = [each for each in (f"{group}/{wanted}", wanted) if each in known]

@@ -110,6 +110,7 @@ def assemble(run: RunConfig, *, tokenizer: Tokenizer | None = None, pretrained: 
     """
     run = settle(run)
     reader = open_training_data(run.data) if run.data.train else None
+    check_sources(run)
     sources = {} if reader is None else {name: open_training_data(run.data.of(name)) for name in run.data.sources}
     if tokenizer is None:
         every = {} if reader is None else {MAIN: reader, **sources}
@@ -121,6 +122,24 @@ def assemble(run: RunConfig, *, tokenizer: Tokenizer | None = None, pretrained: 
     objectives: Mapping[str, ObjectiveConfig] = model.objective_configs
     run = run.model_copy(update={"model": model.config, "objectives": dict(objectives)})
     return Parts(run, model, tokenizer, reader, sources)
+
+
+def check_sources(run: RunConfig) -> None:
+    """Refuse a run of which a source names no data.
+
+    Raises:
+        ValueError: with the flags that name them all, and those that do without.
+    """
+    missing = [name for name, one in run.data.sources.items() if not one.train]
+    if run.data.train and missing:
+        unfed = [name for name, one in run.objectives.items() if one.source in missing]
+        without = [f"--data.sources.{name} none" for name in missing] + [f"--objectives.{name} none" for name in unfed]
+        raise ValueError(
+            " and ".join(f"data.sources.{name}.train" for name in missing)
+            + f" {'is' if len(missing) == 1 else 'are'} not set; name the data with "
+            + " ".join(f"--data.sources.{name}.train DATA" for name in missing)
+            + f", or do without: {' '.join(without)}"
+        )
 
 
 def open_training_data(data: DataConfig) -> Reader:

@@ -1,11 +1,14 @@
+import io
 import json
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
 import toys
 from helpers import SIZES
+from rich.console import Console
 
 import vlp
 from downstream.captioning import CaptioningConfig, CaptionSurvey
@@ -101,7 +104,11 @@ def test_all_references_of_an_image_count_and_each_image_once(tmp_path):
     references = {"red": ["a red square", "it is red"], "blue": ["a blue square"] * 2}
     expected = caption_metrics(dict.fromkeys(references, "a blue square"), references) | {"exact match": 0.5}
     assert result.floors["most frequent caption"] == pytest.approx(expected)
-    assert result_table(task, result).row_count == len(expected)
+    table_shown = result_table(task, replace(result, notes=("install it with: pip install 'vlp[caption]'",)))
+    assert table_shown.row_count == len(expected)
+    printed = io.StringIO()
+    Console(file=printed, width=200).print(table_shown)
+    assert "vlp[caption]" in printed.getvalue()  # brackets are no markup
     unlabelled = toys.write_table(tmp_path / "own.csv", [{"image": "red.png"}])
     found = list(task.predict(parts_of(loaded, data), open_reader(str(unlabelled))))
     assert found[0]["caption"] == result.predictions[0]["caption"]

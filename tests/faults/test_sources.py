@@ -103,7 +103,11 @@ def test_texts_alone(tmp_path: Path) -> None:
     [
         ({"objectives": {**OBJECTIVES, "mlm_text": {"kind": "mlm", "source": "txt"}}}, r"source txt is no source of"),
         ({"objectives": {"itc": {}, "itm": {}, "mlm": {}}}, r"data\.sources\.text: texts alone train none of"),
-        ({"data": {"sources": {"text": {"only": "text"}}}}, r"data\.sources\.text\.train is not set; name the data"),
+        (
+            {"data": {"sources": {"text": {"only": "text"}}}},
+            r"data\.sources\.text\.train is not set; name the data with --data\.sources\.text\.train DATA, or do "
+            r"without: --data\.sources\.text none --objectives\.mlm_text none$",
+        ),
         ({"sample": {"itc+itm+mlm+mlm_text+mim": 1}}, r"train\.sample draws the objectives, and data\.sources the"),
         ({"mix": "joint", "global_batch": 2}, r"data\.mix joint: of train\.global_batch 2 there is less than one"),
         (

@@ -173,7 +173,7 @@ def test_recipes_are_found_by_name_and_file(configs: Path):
     ]
     assert "there are albef, vilt" in problems(find_recipe, "vqa", group="pretrain")[0]
     assert problems(find_recipe, "configs/pretrain/albf.yaml") == [
-        "recipe configs/pretrain/albf.yaml: no such file; perhaps you meant albef"
+        "recipe configs/pretrain/albf.yaml: no such file; perhaps you meant albef.yaml"
     ]
 
 

@@ -34,6 +34,7 @@ def inspect_arguments(parser: Parser) -> None:
 
 def inspect(arguments: Arguments, config: Any) -> None:
     """Run `vlp inspect`."""
+    from rich.markup import escape
     from rich.table import Table
 
     from vlp.checkpoint.inspect import inspect as tell
@@ -46,7 +47,7 @@ def inspect(arguments: Arguments, config: Any) -> None:
     table.add_row("can", ", ".join(found.abilities) or "encode only (no objective's head is stored)")
     table.add_row("tokenizer", found.words or "none: no text can be read until vlp.load(..., tokenizer=FOLDER) has one")
     for one in found.assumed:
-        table.add_row("note", one)
+        table.add_row("note", escape(one))
     print_result(table)
     print_result(to_yaml(found.config))
 

@@ -221,6 +221,7 @@ def search_arguments(parser: Parser) -> None:
 
 def search(arguments: Arguments, config: Any) -> None:
     """Run `vlp search`."""
+    from rich.markup import escape
     from rich.table import Table
 
     from downstream import embedding
@@ -228,9 +229,9 @@ def search(arguments: Arguments, config: Any) -> None:
     loaded = load_model(arguments, arguments.checkpoint)
     found = embedding.search(loaded, arguments.index, arguments.queries, arguments.top)
     for query, rows in zip(arguments.queries, found, strict=True):
-        table = Table("cosine", "found", title=query, title_justify="left")
+        table = Table("cosine", "found", title=escape(query), title_justify="left")
         for key, cosine in rows:
-            table.add_row(f"{cosine:.3f}", key)
+            table.add_row(f"{cosine:.3f}", escape(key))
         print_result(table)
 
 

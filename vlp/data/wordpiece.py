@@ -43,7 +43,8 @@ def train_wordpiece(captions: Iterable[str], *, size: int, min_frequency: int, l
         words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
     if not words:
         raise ValueError(
-            "data.tokenizer.source train found no captions to train on; set data.train, or name a tokenizer folder"
+            "data.tokenizer.source train found no captions to train on; name data with captions by data.train, "
+            "their column by data.text, or a tokenizer folder"
         )
     words, alphabet = _known_words(words, limit=min(_ALPHABET, (size - len(_SPECIAL)) // 2))
     # Left to itself the trainer numbers characters in the order of a hash table, which differs from process to process
