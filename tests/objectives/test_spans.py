@@ -101,7 +101,7 @@ def test_spans_of_each_caption():
     [
         (None, "no list in spans"),
         ("{", "no list in spans"),
-        ([NODES, NODES], "has not a list of spans for each of its 1 captions"),
+        ([NODES, NODES], "has not a list for each of its 1 captions"),
         ([[[0, 99, "object"]]], "within a caption of 30 characters"),
         ([[[4, 4, "object"]]], "is no"),
         ([[["dog", "object"]]], "is no"),

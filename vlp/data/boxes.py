@@ -9,7 +9,6 @@ Shapes: B images, R boxes, T texts, L length.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,7 +17,7 @@ import torch
 
 from encoders.types import Batch, Images
 from vlp.data.reader import BadSample, Sample
-from vlp.data.spans import token_spans
+from vlp.data.spans import per_caption, token_spans
 from vlp.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -67,18 +66,7 @@ def boxes_of(sample: Sample, field: str, text: str | None) -> tuple[NamedBox, ..
     Raises:
         BadSample: the sample has no such field, or not a list of [first, end, box] for each caption.
     """
-    value = sample.fields.get(field)
-    if isinstance(value, str):  # a cell of a csv file
-        try:
-            value = json.loads(value)
-        except ValueError:
-            value = None
-    if not isinstance(value, list):
-        raise BadSample(sample.key, f"no list in {field}, which data.boxes names")
-    if len(sample.texts) == 1 and (not value or _is_named(value[0])):
-        value = [value]
-    if len(value) != len(sample.texts) or not all(isinstance(one, list) for one in value):
-        raise BadSample(sample.key, f"{field} has not a list of boxes for each of its {len(sample.texts)} captions")
+    value = per_caption(sample, field, _is_named, "data.boxes")
     if text is None or text not in sample.texts:
         return ()
     return tuple(_checked(sample.key, field, text, one) for one in value[sample.texts.index(text)])

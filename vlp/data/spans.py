@@ -8,7 +8,7 @@ Characters are counted in the caption without space around it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -28,7 +28,7 @@ def spans_of(sample: Sample, field: str, text: str | None) -> tuple[CharSpan, ..
     Raises:
         BadSample: the sample has no such field, or not a list of [first, end, kind] for each caption.
     """
-    every = _per_caption(sample, field)
+    every = per_caption(sample, field, _is_span, "data.spans")
     if text is None or text not in sample.texts:
         return ()
     return tuple(_checked(sample.key, field, text, one) for one in every[sample.texts.index(text)])
@@ -39,7 +39,11 @@ def one_caption(sample: Sample, number: int, field: str | None) -> Sample:
     text = sample.texts[number]
     if field is None:
         return replace(sample, texts=(text,))
-    return replace(sample, texts=(text,), fields={**sample.fields, field: [_per_caption(sample, field)[number]]})
+    return replace(
+        sample,
+        texts=(text,),
+        fields={**sample.fields, field: [per_caption(sample, field, _is_span, "data.spans")[number]]},
+    )
 
 
 def token_spans(tokenizer: Tokenizer, text: str, spans: Sequence[CharSpan], max_length: int) -> list[TokenSpan]:
@@ -59,8 +63,18 @@ def _tokens_before(tokenizer: Tokenizer, text: str, max_length: int) -> int:
     return first + int(np.argmax(ids[first:] == tokenizer.vocabulary.sep))
 
 
-def _per_caption(sample: Sample, field: str) -> list[Any]:
-    """A list for each caption."""
+def per_caption(sample: Sample, field: str, is_one: Callable[[Any], bool], setting: str) -> list[Any]:
+    """Return a field's list for each caption of a sample.
+
+    Args:
+        sample: with its captions.
+        field: its name.
+        is_one: whether a value is an entry of such a list; where the sample has one caption, the field may be its list.
+        setting: that names the field, for the message.
+
+    Raises:
+        BadSample: the sample has no such field, or not as many lists as captions.
+    """
     value = sample.fields.get(field)
     if isinstance(value, str):  # a cell of a csv file
         try:
@@ -68,19 +82,19 @@ def _per_caption(sample: Sample, field: str) -> list[Any]:
         except ValueError:
             value = None
     if not isinstance(value, list):
-        raise BadSample(sample.key, f"no list in {field}, which data.spans names")
-    if len(sample.texts) == 1 and (not value or (isinstance(value[0], list) and _is_span(value[0]))):
+        raise BadSample(sample.key, f"no list in {field}, which {setting} names")
+    if len(sample.texts) == 1 and (not value or is_one(value[0])):
         value = [value]
     if len(value) != len(sample.texts) or not all(isinstance(one, list) for one in value):
-        raise BadSample(sample.key, f"{field} has not a list of spans for each of its {len(sample.texts)} captions")
+        raise BadSample(sample.key, f"{field} has not a list for each of its {len(sample.texts)} captions")
     return value
 
 
-def _is_span(value: list[Any]) -> bool:
-    return len(value) == 3 and isinstance(value[0], int) and isinstance(value[1], int) and isinstance(value[2], str)
+def _is_span(value: Any) -> bool:
+    return isinstance(value, list) and list(map(type, value)) == [int, int, str]
 
 
 def _checked(key: str, field: str, text: str, value: Any) -> CharSpan:
-    if not isinstance(value, list) or not _is_span(value) or not 0 <= value[0] < value[1] <= len(text):
+    if not _is_span(value) or not 0 <= value[0] < value[1] <= len(text):
         raise BadSample(key, f"{field}: {value!r} is no [first, end, kind] within a caption of {len(text)} characters")
     return value[0], value[1], value[2]

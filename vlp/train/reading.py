@@ -58,8 +58,8 @@ def open_loader(parts: Parts, prepare: Prepare) -> Loader:
     if sources and config.sample:
         raise ValueError("train.sample draws the objectives, and data.sources the data of a step; set one of the two")
     wanted = {name: _wanted(parts.model, found, main.whole_region, only[name]) for name, found in trains.items()}
-    check_spans(wanted[MAIN]["views"], main)
     for name, data in {MAIN: main, **{name: data for name, (_, data) in sources.items()}}.items():
+        check_spans(wanted[name]["views"], data)
         if name != MAIN or prepare is pair_example:  # a task says itself what is written
             check_answer(wanted[name]["views"], data, "data" if name == MAIN else f"data.sources.{name}")
     fetches = {
@@ -97,7 +97,7 @@ def check_spans(views: Mapping[str, View], data: DataConfig) -> None:
     if kinds and data.spans is None:
         raise ValueError(
             f"objectives.mlm.spans masks spans of kinds {kinds}, but data.spans names no field that has them; set it, "
-            "or leave out objectives.mlm.spans"
+            "or leave out objectives.mlm.spans (data.sources have none: name the objective's source, main)"
         )
 
 
