@@ -42,6 +42,7 @@ def fail(capsys):
     """Run a command that must fail; return what it says, one line, which lines of the log may precede."""
 
     def run(*words: str | Path, logged: bool = False) -> str:
+        capsys.readouterr()  # what another command said
         assert main([str(word) for word in words]) == 2
         *log, line = capsys.readouterr().err.splitlines()
         assert all(said.startswith(("INFO ", "WARNING ")) for said in log)
