@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
-from torch import Tensor
 
-from encoders.layers import Activation
-from encoders.types import AttentionKind, Batch, Tokens, Vocabulary
-from objectives.base import Decode, Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side, ViewText
-from objectives.heads import WordHead, word_head
+from encoders.types import AttentionKind, Vocabulary
+from objectives.base import ModelSpec, ViewText
 from objectives.lm import CausalView
-from objectives.mlm import count_labels, word_loss
-from objectives.settings import ObjectiveSettings
+from objectives.rewrite import Rewrite, RewriteSettings
 
 GIVEN, WHOLE_TEXT = "infill:given", "infill:whole"
 """The text with its gaps as the encoder reads it, and as the decoder writes it."""
 
 
-class InfillConfig(ObjectiveSettings):
+class InfillConfig(RewriteSettings):
     """Write a text of which spans are missing."""
 
     kind: Literal["infill"] = "infill"
@@ -37,19 +33,8 @@ class InfillConfig(ObjectiveSettings):
     mean_length: float = Field(3.0, ge=2)
     """Mean of a span's number of words, which follows a Poisson distribution; one of none is a mask too many, so that
     shorter spans would make texts longer."""
-    head: WordHead = "bert"
-    """What gives the word scores: BERT's prediction head, one linear map, or that without a bias (BART, OFA)."""
-    tied: bool = True
-    """The output words are the decoder's word embedding."""
-    activation: Activation = "gelu"
-    """Activation inside BERT's prediction head."""
-    alone: bool = False
-    """Read the text without an image."""
 
-    trains_embed: ClassVar[bool] = False
-    reads: ClassVar[frozenset[Side]] = frozenset({"memory"})
-
-    def build(self, spec: ModelSpec) -> Infill:
+    def build(self, spec: ModelSpec) -> Rewrite:
         """Build the objective.
 
         Raises:
@@ -59,7 +44,8 @@ class InfillConfig(ObjectiveSettings):
             raise ValueError("objective infill needs a fusion, but model.fusion.kind is none; use single_stream")
         if spec.decoder_width is None:
             raise ValueError("objective infill needs a decoder; set model.decoder.kind causal, or use mlm")
-        return Infill(self, spec)
+        given = InfillView(self.mask_probability, self.mean_length)
+        return Rewrite(self, spec, (GIVEN, given), (WHOLE_TEXT, CausalView()))
 
 
 @dataclass(frozen=True)
@@ -100,37 +86,3 @@ class InfillView:
             spans.append(min(int(generator.poisson(self.mean_length)), left))
             left -= spans[-1]
         return spans
-
-
-class Infill(Objective):
-    """Next-word prediction of a text whose gaps the decoder must fill."""
-
-    def __init__(self, config: InfillConfig, spec: ModelSpec) -> None:
-        super().__init__()
-        self.config, self.vocabulary_size = config, spec.vocabulary_size
-        assert spec.decoder_width is not None
-        tied = spec.decoder_words if config.tied else None
-        self.head = word_head(
-            config.head,
-            spec.decoder_width,
-            spec.vocabulary_size,
-            tied,
-            spec.text_eps,
-            activation=config.activation,
-        )
-        self.one_modality = config.alone
-        self.written = Decode(Fuse(None if config.alone else "clean", GIVEN), WHOLE_TEXT)
-        self.needs = frozenset({self.written})
-        self.views = {GIVEN: InfillView(config.mask_probability, config.mean_length), WHOLE_TEXT: CausalView()}
-
-    def count(self, batch: Batch) -> Tensor:
-        return count_labels(batch, WHOLE_TEXT)
-
-    def chance(self, candidates: int) -> float:
-        return math.log(self.vocabulary_size)
-
-    def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
-        """Cross-entropy of the next word, mean over all words."""
-        tokens, text = results[self.written], batch.texts[WHOLE_TEXT]
-        assert isinstance(tokens, Tokens) and text.labels is not None
-        return word_loss(self.head, tokens.states, text.labels, text.label_at)

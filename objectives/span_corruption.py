@@ -8,20 +8,16 @@ Shapes: T texts, L length, V vocabulary, U units (words, or pieces of words).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
-from torch import Tensor
 
-from encoders.types import AttentionKind, Batch, Tokens, Vocabulary
-from objectives.base import Decode, Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side, ViewText
-from objectives.heads import WordHead, word_head
-from objectives.mlm import count_labels, word_loss
-from objectives.settings import ObjectiveSettings
+from encoders.types import AttentionKind, Vocabulary
+from objectives.base import ModelSpec, ViewText
+from objectives.rewrite import Rewrite, RewriteSettings
 
 GIVEN, WRITTEN = "span_corruption:given", "span_corruption:written"
 """The text with sentinels as the encoder reads it, and what the decoder writes."""
@@ -30,7 +26,7 @@ Ids = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 
-class SpanCorruptionConfig(ObjectiveSettings):
+class SpanCorruptionConfig(RewriteSettings):
     """Write hidden spans of the text."""
 
     kind: Literal["span_corruption"] = "span_corruption"
@@ -42,29 +38,18 @@ class SpanCorruptionConfig(ObjectiveSettings):
     """Mean number of words in a span; none = the words are drawn one by one, and neighbours are one span (VL-T5)."""
     whole_word: bool = False
     """Count and hide whole words (VL-T5), else their pieces (T5)."""
-    head: WordHead = "bert"
-    """What gives the word scores: BERT's prediction head, one linear map, that without a bias, or T5's."""
-    tied: bool = True
-    """The output words are the decoder's word embedding."""
-    alone: bool = False
-    """Read the text without an image (T5)."""
-
     tokens: ClassVar[tuple[str, ...]] = tuple(f"<extra_id_{number}>" for number in range(16))
-    trains_embed: ClassVar[bool] = False
-    reads: ClassVar[frozenset[Side]] = frozenset({"memory"})
 
-    def build(self, spec: ModelSpec) -> SpanCorruption:
+    def build(self, spec: ModelSpec) -> Rewrite:
         """Build the objective.
 
         Raises:
             ValueError: there is no fusion that reads the text, or no decoder that writes.
         """
-        if spec.fusion == "none" or spec.decoder_width is None:
-            raise ValueError(
-                "objective span_corruption needs a fusion that reads the text and a decoder that writes; set "
-                "model.fusion.kind single_stream and model.decoder {kind: causal, memory: both}"
-            )
-        return SpanCorruption(self, spec)
+        self.check(spec, self.kind)
+        settings = self.mask_probability, self.span_length, self.whole_word
+        given, written = SpanView("given", *settings), SpanView("written", *settings)
+        return Rewrite(self, spec, (GIVEN, given), (WRITTEN, written))
 
 
 @dataclass(frozen=True)
@@ -131,31 +116,3 @@ def _parts(whole: int, number: int, generator: np.random.Generator) -> Ids:
         return np.array([whole], dtype=np.int64)
     cuts = np.sort(generator.permutation(whole - 1)[: number - 1]) + 1
     return np.diff(np.concatenate([[0], cuts, [whole]])).astype(np.int64)
-
-
-class SpanCorruption(Objective):
-    """Next-word prediction of hidden spans by the decoder."""
-
-    def __init__(self, config: SpanCorruptionConfig, spec: ModelSpec) -> None:
-        super().__init__()
-        assert spec.decoder_width is not None
-        self.config, self.vocabulary_size = config, spec.vocabulary_size
-        tied = spec.decoder_words if config.tied else None
-        self.head = word_head(config.head, spec.decoder_width, spec.vocabulary_size, tied, spec.text_eps)
-        self.one_modality = config.alone
-        self.written = Decode(Fuse(None if config.alone else "clean", GIVEN), WRITTEN)
-        self.needs = frozenset({self.written})
-        settings = config.mask_probability, config.span_length, config.whole_word
-        self.views = {GIVEN: SpanView("given", *settings), WRITTEN: SpanView("written", *settings)}
-
-    def count(self, batch: Batch) -> Tensor:
-        return count_labels(batch, WRITTEN)
-
-    def chance(self, candidates: int) -> float:
-        return math.log(self.vocabulary_size)
-
-    def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
-        """Cross-entropy of the next word, mean over spans, sentinels and ends."""
-        found, text = results[self.written], batch.texts[WRITTEN]
-        assert isinstance(found, Tokens) and text.labels is not None
-        return word_loss(self.head, found.states, text.labels, text.label_at)
