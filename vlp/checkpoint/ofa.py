@@ -20,33 +20,42 @@ _POSITIONS = 2
 """Rows of the words' positions that fairseq keeps for padding, at the end."""
 
 
-def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
-    words, width = shapes["encoder.embed_tokens.weight"]
-    distances, heads = shapes["encoder.token_rel_pos_table_list.0.weight"]
-    stack = {
-        "width": width,
-        "heads": heads,
+def _cnn(shapes: Shapes) -> str:
+    """Name of the CNN whose first three stages these are."""
+    stages = tuple(count_layers(shapes, rf"encoder\.embed_images\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3))
+    if stages not in _STAGES:
+        raise ValueError(f"OFA's image encoder has stages of {stages} blocks, which is none of {list(_STAGES)}")
+    return _STAGES[stages]
+
+
+def _stack(shapes: Shapes) -> dict[str, Any]:
+    """What texts, fusion and decoder have in common."""
+    return {
+        "width": shapes["encoder.embed_tokens.weight"][1],
+        "heads": shapes["encoder.token_rel_pos_table_list.0.weight"][1],
         "hidden": shapes["encoder.layers.0.fc1.weight"][0],
         "norm": "pre",
         "eps": 1e-5,
         "normformer": "encoder.layers.0.attn_ln.weight" in shapes,
     }
+
+
+def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
+    words, width = shapes["encoder.embed_tokens.weight"]
+    distances, stack = shapes["encoder.token_rel_pos_table_list.0.weight"][0], _stack(shapes)
     length = shapes["encoder.embed_positions.weight"][0] - _POSITIONS
     untied = {
         "length": length,
         "buckets": (distances + 1) // 2,
         "side": math.isqrt(shapes["encoder.embed_image_positions.weight"][0] - 1),
     }
-    stages = tuple(count_layers(shapes, rf"encoder\.embed_images\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3))
-    if stages not in _STAGES:
-        raise ValueError(f"OFA's image encoder has stages of {stages} blocks, which is none of {list(_STAGES)}")
     side = config.get("patch_image_size", _PIXELS.get(width, 480))
     own = words >= _BART + _CODES + _BINS
     tree = {
         "model": {
             "vision": {
                 "kind": "grid",
-                "model": _STAGES[stages],
+                "model": _cnn(shapes),
                 "image_size": side,
                 "reduction": 16,
                 "mean": [0.5, 0.5, 0.5],
