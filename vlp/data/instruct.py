@@ -16,14 +16,13 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from vlp.config import Config
+from vlp.data.asking import ANSWER
 from vlp.data.batch import Example
 from vlp.data.reader import BadSample, Sample
 
 if TYPE_CHECKING:
     from vlp.data.loader import DataConfig
 
-ANSWER = "lm:answer"
-"""Text view that objective lm writes the answer from."""
 BOX, OBJECTS = "box", "objects"
 STILL: dict[str, Any] = {
     "resize": "squash",
