@@ -16,10 +16,10 @@ from pydantic import Field
 
 from encoders.types import AttentionKind, Vocabulary
 from objectives.base import ModelSpec, ViewText
-from objectives.rewrite import Rewrite, RewriteSettings
+from objectives.reconstruct import Reconstruct, ReconstructSettings
 
 
-class DenoiseConfig(RewriteSettings):
+class DenoiseConfig(ReconstructSettings):
     """Write a text, or its hidden fragment."""
 
     kind: Literal["denoise"] = "denoise"
@@ -32,7 +32,7 @@ class DenoiseConfig(RewriteSettings):
     write: Literal["text", "fragment"] = "text"
     """What the decoder writes."""
 
-    def build(self, spec: ModelSpec) -> Rewrite:
+    def build(self, spec: ModelSpec) -> Reconstruct:
         """Build the objective.
 
         Raises:
@@ -42,7 +42,7 @@ class DenoiseConfig(RewriteSettings):
         # Views of other lengths of fragments are others.
         share = self.fragment
         given, written = ((f"denoise:{part}/{share:g}", FragmentView(part, share)) for part in (self.masks, self.write))
-        return Rewrite(self, spec, given, written)
+        return Reconstruct(self, spec, given, written)
 
 
 @dataclass(frozen=True)

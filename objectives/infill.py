@@ -16,13 +16,13 @@ from pydantic import Field
 from encoders.types import AttentionKind, Vocabulary
 from objectives.base import ModelSpec, ViewText
 from objectives.lm import CausalView
-from objectives.rewrite import Rewrite, RewriteSettings
+from objectives.reconstruct import Reconstruct, ReconstructSettings
 
 GIVEN, WHOLE_TEXT = "infill:given", "infill:whole"
 """The text with its gaps as the encoder reads it, and as the decoder writes it."""
 
 
-class InfillConfig(RewriteSettings):
+class InfillConfig(ReconstructSettings):
     """Write a text of which spans are missing."""
 
     kind: Literal["infill"] = "infill"
@@ -34,7 +34,7 @@ class InfillConfig(RewriteSettings):
     """Mean of a span's number of words, which follows a Poisson distribution; one of none is a mask too many, so that
     shorter spans would make texts longer."""
 
-    def build(self, spec: ModelSpec) -> Rewrite:
+    def build(self, spec: ModelSpec) -> Reconstruct:
         """Build the objective.
 
         Raises:
@@ -45,7 +45,7 @@ class InfillConfig(RewriteSettings):
         if spec.decoder_width is None:
             raise ValueError("objective infill needs a decoder; set model.decoder.kind causal, or use mlm")
         given = InfillView(self.mask_probability, self.mean_length)
-        return Rewrite(self, spec, (GIVEN, given), (WHOLE_TEXT, CausalView()))
+        return Reconstruct(self, spec, (GIVEN, given), (WHOLE_TEXT, CausalView()))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from encoders.types import AttentionKind, Vocabulary
 from objectives.base import ModelSpec, ViewText
-from objectives.rewrite import Rewrite, RewriteSettings
+from objectives.reconstruct import Reconstruct, ReconstructSettings
 
 GIVEN, WRITTEN = "span_corruption:given", "span_corruption:written"
 """The text with sentinels as the encoder reads it, and what the decoder writes."""
@@ -26,7 +26,7 @@ Ids = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 
-class SpanCorruptionConfig(RewriteSettings):
+class SpanCorruptionConfig(ReconstructSettings):
     """Write hidden spans of the text."""
 
     kind: Literal["span_corruption"] = "span_corruption"
@@ -40,7 +40,7 @@ class SpanCorruptionConfig(RewriteSettings):
     """Count and hide whole words (VL-T5), else their pieces (T5)."""
     tokens: ClassVar[tuple[str, ...]] = tuple(f"<extra_id_{number}>" for number in range(16))
 
-    def build(self, spec: ModelSpec) -> Rewrite:
+    def build(self, spec: ModelSpec) -> Reconstruct:
         """Build the objective.
 
         Raises:
@@ -49,7 +49,7 @@ class SpanCorruptionConfig(RewriteSettings):
         self.check(spec, self.kind)
         settings = self.mask_probability, self.span_length, self.whole_word
         given, written = SpanView("given", *settings), SpanView("written", *settings)
-        return Rewrite(self, spec, (GIVEN, given), (WRITTEN, written))
+        return Reconstruct(self, spec, (GIVEN, given), (WRITTEN, written))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from objectives.mlm import count_labels, word_loss
 from objectives.settings import ObjectiveSettings
 
 
-class RewriteSettings(ObjectiveSettings):
+class ReconstructSettings(ObjectiveSettings):
     """How the words are scored, and what is read beside the text."""
 
     head: WordHead = "bert"
@@ -42,7 +42,7 @@ class RewriteSettings(ObjectiveSettings):
             )
 
 
-class Rewrite(Objective):
+class Reconstruct(Objective):
     """Next-word prediction of what is written, given the text with gaps.
 
     Args:
@@ -53,7 +53,7 @@ class Rewrite(Objective):
     """
 
     def __init__(
-        self, config: RewriteSettings, spec: ModelSpec, given: tuple[str, View], written: tuple[str, View]
+        self, config: ReconstructSettings, spec: ModelSpec, given: tuple[str, View], written: tuple[str, View]
     ) -> None:
         super().__init__()
         assert spec.decoder_width is not None
