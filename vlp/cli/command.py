@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vlp.config import Config
+    from vlp.config import C, Config
 
 Arguments = argparse.Namespace
 
@@ -58,6 +58,18 @@ def device_option(parser: Parser) -> None:
 def shrink_option(parser: Parser) -> None:
     """Add `--shrink`."""
     parser.add_argument("--shrink", action="store_true", help="every part of the recipe tiny and untrained, to try it")
+
+
+def recipe_config(cls: type[C], recipe: str | None, arguments: Arguments, flags: list[str], prog: str) -> C:
+    """Return the config of a pretraining recipe under flags, small where :func:`shrink_option` says so."""
+    from vlp.checkpoint.migrate import migrate
+    from vlp.flags import from_command_line
+    from vlp.shrink import shrunk_layer
+
+    if arguments.shrink and recipe is not None:
+        below = [shrunk_layer(cls, recipe, group="pretrain", migrate=migrate)]
+        return from_command_line(cls, flags, prog=prog, below=below)
+    return from_command_line(cls, flags, recipe, prog=prog, group="pretrain", migrate=migrate)
 
 
 def print_result(what: Any) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlp.cli.command import Arguments, Command, Parser, device_option, print_result, shrink_option
+from vlp.cli.command import Arguments, Command, Parser, device_option, print_result, recipe_config, shrink_option
 
 if TYPE_CHECKING:
     from vlp.config import Config
@@ -26,10 +26,8 @@ def show_config(arguments: Arguments, flags: list[str]) -> Config:
         ValueError: there is none, or it is a finetuning's recipe, which says nothing without a checkpoint.
     """
     from vlp.checkpoint.migrate import migrate
-    from vlp.flags import from_command_line
     from vlp.recipes import list_recipes, load_recipe
     from vlp.run import RunConfig
-    from vlp.shrink import shrunk_layer
 
     kind: type[RunConfig] = RunConfig
     recipe = arguments.recipe
@@ -48,10 +46,7 @@ def show_config(arguments: Arguments, flags: list[str]) -> Config:
                     f"finetune {arguments.recipe} --init CHECKPOINT --dry-run, or show a finetuned run by its folder"
                 )
     prog = f"vlp show {recipe or 'RECIPE'}"
-    if arguments.shrink and recipe is not None:
-        below = [shrunk_layer(kind, recipe, group="pretrain", migrate=migrate)]
-        return from_command_line(kind, flags, prog=prog, below=below)
-    return from_command_line(kind, flags, recipe, prog=prog, group="pretrain", migrate=migrate)
+    return recipe_config(kind, recipe, arguments, flags, prog)
 
 
 def stored(recipe: str) -> str:

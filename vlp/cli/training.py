@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlp.cli.command import Arguments, Command, Parser, device_option, print_result, shrink_option
+from vlp.cli.command import Arguments, Command, Parser, device_option, print_result, recipe_config, shrink_option
 from vlp.cli.tasks import choose_task, foreign, open_checkpoint, task_arguments
 
 if TYPE_CHECKING:
@@ -31,12 +31,9 @@ def pretrain_arguments(parser: Parser) -> None:
 
 def pretrain_config(arguments: Arguments, flags: list[str]) -> Config:
     """Return the run's config."""
-    from vlp.checkpoint.migrate import migrate
     from vlp.checkpoint.native import find_checkpoint
-    from vlp.flags import from_command_line
     from vlp.pretrain import resumed_config
     from vlp.run import RunConfig
-    from vlp.shrink import shrunk_layer
 
     if arguments.resume is not None:
         if arguments.recipe or arguments.out or arguments.init or arguments.shrink:
@@ -48,10 +45,7 @@ def pretrain_config(arguments: Arguments, flags: list[str]) -> Config:
     prog = f"vlp pretrain {arguments.recipe or 'RECIPE'}"
     if arguments.recipe is None and "--help" not in flags:
         raise ValueError("vlp pretrain: name a recipe (vlp recipes lists them), or --resume RUN")
-    if arguments.shrink and arguments.recipe is not None:
-        below = [shrunk_layer(RunConfig, arguments.recipe, group="pretrain", migrate=migrate)]
-        return from_command_line(RunConfig, flags, prog=prog, below=below)
-    return from_command_line(RunConfig, flags, arguments.recipe, prog=prog, group="pretrain", migrate=migrate)
+    return recipe_config(RunConfig, arguments.recipe, arguments, flags, prog)
 
 
 def pretrain(arguments: Arguments, config: Any) -> None:
