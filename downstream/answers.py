@@ -15,12 +15,11 @@ import numpy as np
 
 from downstream.metrics.vqa import normalize_answer, soft_targets, vqa_accuracy
 from downstream.task import only_text
+from vlp.data.asking import ANSWER, draw_text
 from vlp.data.batch import Example
 from vlp.data.reader import BadSample, Sample
 
 ANSWER_FIELDS = ("answers", "answer_scores", "answer")
-WRITTEN = "lm:answer"
-"""Text view of the answer that the decoder learns to write."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +113,9 @@ class VqaPrepare:
             raise BadSample(sample.key, f"no answer; its fields are {', '.join(sorted(sample.fields)) or 'none'}")
         question = only_text(sample)
         if self.index is None:
-            answers, scores = list(truth.scores), np.array(list(truth.scores.values()))
-            if not scores.sum() > 0:
+            if not sum(truth.scores.values()) > 0:
                 raise BadSample(sample.key, "all of its answers score 0")
-            drawn = answers[int(generator.choice(len(answers), p=scores / scores.sum()))]
-            return Example(sample.key, sample.images, question, {WRITTEN: drawn})
+            return Example(sample.key, sample.images, question, {ANSWER: draw_text(truth.scores, generator)})
         target = np.zeros(len(self.index), dtype=np.float32)
         for answer, score in truth.scores.items():
             if answer in self.index:

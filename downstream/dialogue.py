@@ -46,6 +46,7 @@ from objectives.itm import Itm
 from objectives.lm import text_losses
 from objectives.rank import Rank
 from vlp.config import build
+from vlp.data.asking import ANSWER
 from vlp.data.batch import Example, pad_texts
 from vlp.data.fetch import Prepare
 from vlp.data.loader import DataConfig
@@ -58,9 +59,6 @@ if TYPE_CHECKING:
     from vlp.run import Parts, RunConfig
 
 logger = logging.getLogger(__name__)
-
-WRITTEN = "lm:answer"
-"""Text view of the answer that the decoder learns to write."""
 
 Asked: TypeAlias = tuple[EvalSample, Round]
 
@@ -127,7 +125,7 @@ class DialogueConfig(TaskConfig):
         """Train matching of true and false answers, or writing of the true one."""
         objectives, model = dict(run.objectives), run.model
         if self.generative:
-            model, objectives = writing(model, objectives, WRITTEN)
+            model, objectives = writing(model, objectives, ANSWER)
         else:
             known = next((one for one in pretrained.values() if isinstance(one, ItmConfig)), ItmConfig())
             stated = objectives.get("itm", known)
@@ -354,7 +352,7 @@ class DialoguePrepare:
         if one.answer is None:
             raise BadSample(sample.key, "no answer_index, so nothing to learn")
         if self.generative:
-            other = {WRITTEN: one.options[one.answer]}
+            other = {ANSWER: one.options[one.answer]}
             return Example(sample.key, sample.images, context(one, self.history), other)
         true, chosen = bool(generator.random() < 0.5), one.answer
         others = [number for number, option in enumerate(one.options) if option != one.options[one.answer]]

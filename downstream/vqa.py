@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from downstream.answering import Answerer, Head, answer_head
-from downstream.answers import WRITTEN, Truth, VqaPrepare, VqaSurvey, read_answer_list, read_truth, same_question
+from downstream.answers import Truth, VqaPrepare, VqaSurvey, read_answer_list, read_truth, same_question
 from downstream.convert.files import object_in
 from downstream.metrics.gqa import GqaQuestion, gqa_metrics
 from downstream.metrics.vqa import normalize_answer
@@ -36,6 +36,7 @@ from downstream.task import (
 from downstream.writing import fused_writer, writing
 from objectives import AnswerConfig, LmConfig, ObjectiveConfig
 from vlp.config import build
+from vlp.data.asking import ANSWER
 from vlp.data.fetch import Prepare
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
@@ -137,7 +138,7 @@ class VqaConfig(TaskConfig):
         """Replace the pretraining objectives by an answer head or decoder; a fitting head of the checkpoint stays."""
         objectives, model = dict(run.objectives), run.model
         if self.head in ("open", "ranked"):
-            model, objectives = writing(model, objectives, WRITTEN)
+            model, objectives = writing(model, objectives, ANSWER)
         else:
             answer = objectives.get("answer", pretrained.get("answer", AnswerConfig()))
             assert isinstance(answer, AnswerConfig)

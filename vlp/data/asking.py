@@ -55,17 +55,28 @@ def ask(
 def _drawn(key: str, field: str, found: object, generator: np.random.Generator) -> str:
     """One of the texts of a field."""
     scores = {found: 1.0} if isinstance(found, str) else found
-    if isinstance(scores, list | tuple):  # of texts, or of VQA's mappings with a text each
-        scores = Counter(str(one.get("answer", "") if isinstance(one, Mapping) else one) for one in scores)
+    if isinstance(scores, list | tuple):
+        scores = count_answers(scores)
     if not isinstance(scores, Mapping) or not scores:
         raise BadSample(key, f"no {field}, which is to be written")
     try:
-        weights = np.array([float(score) for score in scores.values()])
+        scores = {str(text): float(score) for text, score in scores.items()}
     except (TypeError, ValueError) as error:
         raise BadSample(key, f"{field} has scores that are no numbers: {error}") from error
-    if weights.min() < 0 or not 0 < weights.sum() < np.inf:
+    if min(scores.values()) < 0 or not 0 < sum(scores.values()) < np.inf:
         raise BadSample(key, f"{field} has scores below 0, or none above")
-    return str(list(scores)[int(generator.choice(len(weights), p=weights / weights.sum()))])
+    return draw_text(scores, generator)
+
+
+def count_answers(answers: Iterable[object]) -> Counter[str]:
+    """Return how many gave each answer, of a list of texts or of VQA's mappings with a text each."""
+    return Counter(str(one.get("answer", "") if isinstance(one, Mapping) else one) for one in answers)
+
+
+def draw_text(scores: Mapping[str, float], generator: np.random.Generator) -> str:
+    """Return one of the texts, drawn in proportion to its score (>= 0, one > 0)."""
+    weights = np.array(list(scores.values()))
+    return list(scores)[int(generator.choice(len(weights), p=weights / weights.sum()))]
 
 
 def prefix_ids(tokenizer: Tokenizer, prefix: str | None, max_length: int) -> npt.NDArray[np.int64]:

@@ -7,7 +7,6 @@ the sample's text, `{match}` yes or no, `{NAME}` a field, `{NAME:box}` a field's
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from string import Formatter
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from vlp.config import Config
-from vlp.data.asking import ANSWER
+from vlp.data.asking import ANSWER, count_answers
 from vlp.data.batch import Example
 from vlp.data.reader import BadSample, Sample
 
@@ -150,8 +149,7 @@ def _best(value: Any) -> str:
     if isinstance(value, Mapping):
         value = max(value, key=lambda one: value[one])
     elif isinstance(value, Sequence) and not isinstance(value, str):
-        said = [str(one.get("answer", "") if isinstance(one, Mapping) else one) for one in value]
-        value = Counter(said).most_common(1)[0][0]
+        value = count_answers(value).most_common(1)[0][0]
     return str(value)
 
 
