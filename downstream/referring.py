@@ -55,9 +55,9 @@ from objectives.base import Rows
 from objectives.box import Box as BoxObjective
 from vlp.data.batch import Example
 from vlp.data.fetch import Prepare
-from vlp.data.instruct import STILL
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
+from vlp.data.transforms import STILL
 from vlp.model import Model
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from encoders.types import Batch, Images
 from vlp.data.reader import BadSample, Sample
 from vlp.data.spans import per_caption, token_spans
 from vlp.data.tokenizer import Tokenizer
+from vlp.data.transforms import moved_by
 
 if TYPE_CHECKING:
     from vlp.data.batch import Example
@@ -39,14 +40,8 @@ def check_boxes(config: DataConfig) -> None:
         return
     given, images = config.transform, "data.transform"
     moves = {
-        f"{images}.resize {given.resize}": given.resize != "squash",
+        **{f"{images}.{name} {getattr(given, name)}": True for name in moved_by(given)},
         f"{images}.crop_share {given.crop_share}": given.crop_share < 1,
-        f"{images}.crop_scale": given.crop_scale is not None,
-        f"{images}.flip {given.flip}": given.flip != "never",
-        f"{images}.rotation": given.rotation > 0,
-        f"{images}.zoom": given.zoom is not None,
-        f"{images}.shift": given.shift > 0,
-        f"{images}.randaugment_n": given.randaugment_n > 0,
         "data.pairing": config.pairing is not None,
         "data.prefix": config.prefix is not None,
         "data.alternates": config.alternates is not None,

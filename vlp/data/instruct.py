@@ -18,21 +18,12 @@ from vlp.config import Config
 from vlp.data.asking import ANSWER, count_answers
 from vlp.data.batch import Example
 from vlp.data.reader import BadSample, Sample
+from vlp.data.transforms import STILL, moved_by
 
 if TYPE_CHECKING:
     from vlp.data.loader import DataConfig
 
 BOX, OBJECTS = "box", "objects"
-STILL: dict[str, Any] = {
-    "resize": "squash",
-    "crop_scale": None,
-    "flip": "never",
-    "rotation": 0.0,
-    "zoom": None,
-    "shift": 0.0,
-    "randaugment_n": 0,
-}
-"""Settings of the transform under which a box's place in the image stays its share of the sides."""
 
 
 class InstructConfig(Config):
@@ -82,8 +73,7 @@ def check_instructions(data: DataConfig) -> None:
             continue
         if not data.tokenizer.bins:
             raise ValueError(f"{name}.instruct writes boxes as location bins; set data.tokenizer.bins (OFA 1000)")
-        given = data.transform.model_dump()
-        if moving := [each for each, still in STILL.items() if given[each] != still]:
+        if moving := moved_by(data.transform):
             raise ValueError(
                 f"{name}.instruct writes boxes, which do not follow images that data.transform moves; set "
                 + ", ".join(f"{each} to {'none' if STILL[each] is None else STILL[each]}" for each in moving)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -96,6 +96,23 @@ class ImageTransformConfig(Config):
             )
             raise ValueError(f"{value} must be two {what}")
         return value
+
+
+STILL: dict[str, Any] = {
+    "resize": "squash",
+    "crop_scale": None,
+    "flip": "never",
+    "rotation": 0.0,
+    "zoom": None,
+    "shift": 0.0,
+    "randaugment_n": 0,
+}
+"""Settings of the transform under which a box's place in the image stays its share of the sides."""
+
+
+def moved_by(config: ImageTransformConfig) -> list[str]:
+    """Return the settings under which boxes would not follow their image."""
+    return [name for name, still in STILL.items() if getattr(config, name) != still]
 
 
 class EvalTransform:
