@@ -7,13 +7,13 @@ Shapes: B images, P patches, C codes.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encoders.precision import full_precision
 from encoders.sources import local_source
 from encoders.types import Images
 from vlp.config import Config
@@ -105,9 +105,8 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, 8 h, 8 w] float, already mapped to 0.1 .. 0.9 -> codes [B, h, w] int64."""
-        device = pixels.device.type
         # In half precision many patches would get another code than in float32.
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with full_precision(pixels):
             states = self.input(pixels.to(self.input.weight.dtype))
             for number, group in enumerate(self.groups):
                 states = group(states)

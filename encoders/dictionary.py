@@ -8,7 +8,6 @@ Shapes: B images, P cells, C channels, K entries, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from pydantic import Field
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.layers import initialise
+from encoders.precision import full_precision
 from vlp.config import Config
 
 
@@ -83,9 +83,8 @@ class Dictionary(nn.Module):
     @torch.no_grad()
     def numbers(self, values: Tensor) -> Tensor:
         """Projected cells [B, P, D] -> the number of each one's nearest entry, [B, P] int64."""
-        device = values.device.type
         # In half precision many cells would get another entry than in float32.
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with full_precision(values):
             flat = values.flatten(0, -2).to(self.entries.dtype)
             distance = self.entries.square().sum(1) - 2 * flat @ self.entries.t()  # but for what all entries share
             return distance.argmin(1).view(values.shape[:-1])

@@ -6,12 +6,13 @@ Shapes: N prefix tokens and patches, D width.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, cat
 from torch.nn import functional as F
+
+from encoders.precision import full_precision
 
 PositionResize = Literal["bicubic", "bicubic_antialias", "bilinear_antialias", "bilinear_corners"]
 """Interpolation of position embeddings.
@@ -102,8 +103,7 @@ def positions_per_image(
         counts = [filled[:, :, 0].sum(1), filled[:, 0].sum(1)]
     weights = _between if method == "bilinear_corners" else _blurred
     rows, columns = (weights(number, size, side) for number, size in zip(counts, grid, strict=True))
-    device = table.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with full_precision(table):
         patches = torch.einsum("brs,std,bct->brcd", rows, image, columns).flatten(1, 2).to(table.dtype)
     return cat([table[:prefix].expand(len(patches), -1, -1), patches], 1)
 

@@ -10,7 +10,6 @@ Shapes: B images, T texts of this rank, N images, S texts of all ranks and the q
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -19,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from encoders.precision import full_precision
 from encoders.types import Batch
 from objectives.base import MAIN, Draw, Embed, LossOutput, ModelSpec, Objective, Results, Side
 from objectives.collectives import gather_grad_to_all, gather_no_grad
@@ -152,8 +152,7 @@ def similarities(left: Tensor, right: Tensor, scale: Tensor) -> Tensor:
 
     Autocast is off: at the scale of 100 a bf16 logit is rounded by up to 0.25, and many columns become equal.
     """
-    device = left.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with full_precision(left):
         return scale.exp() * left @ right.T
 
 

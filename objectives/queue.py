@@ -6,12 +6,11 @@ Shapes: Q pairs or vectors in the queue, S new ones, E embedding.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encoders.precision import full_precision
 from objectives.pairs import Pairing, Positives
 
 
@@ -59,14 +58,12 @@ class PairQueue(nn.Module):
             new["image_id"] = pairs.all_text_id
         if self.caption_id is not None and pairs.all_caption_id is not None:
             new["caption_id"] = pairs.all_caption_id
-        count = min(len(text), self.size)
-        at = (self.pointer + torch.arange(len(text) - count, len(text), device=text.device)) % self.size
+        at = advance(self.pointer, len(text), self.size)
         for name, queued in self.named_buffers():
             if name in new:
-                queued.index_copy_(0, at, new[name][-count:].to(queued.dtype))
+                queued.index_copy_(0, at, new[name][-len(at) :].to(queued.dtype))
             elif name != "pointer":
                 queued.index_fill_(0, at, -1)
-        self.pointer.add_(len(text)).remainder_(self.size)
 
 
 class VectorQueue(nn.Module):
@@ -93,16 +90,19 @@ class VectorQueue(nn.Module):
 
         Autocast is off: in bf16 many are equally near.
         """
-        device = vectors.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with full_precision(vectors):
             near = vectors.to(self.vectors.dtype) @ self.vectors.T
         return self.vectors.index_select(0, near.argmax(1))
 
     @torch.no_grad()
     def append(self, vectors: Tensor) -> None:
         """Take in ``vectors`` [S, E]; of more than Q the last ones."""
-        size = len(self.vectors)
-        new = vectors[-size:]
-        at = (self.pointer + torch.arange(len(vectors) - len(new), len(vectors), device=vectors.device)) % size
-        self.vectors.index_copy_(0, at, new.to(self.vectors.dtype))
-        self.pointer.add_(len(vectors)).remainder_(size)
+        at = advance(self.pointer, len(vectors), len(self.vectors))
+        self.vectors.index_copy_(0, at, vectors[-len(at) :].to(self.vectors.dtype))
+
+
+def advance(pointer: Tensor, number: int, size: int) -> Tensor:
+    """Return where in a ring of ``size`` the last of ``number`` new entries go; move ``pointer`` [1] behind them."""
+    at = (pointer + torch.arange(number - min(number, size), number, device=pointer.device)) % size
+    pointer.add_(number).remainder_(size)
+    return at

@@ -8,7 +8,6 @@ Shapes: B images, T texts of this rank, S candidates of all ranks, N and L token
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import ClassVar, Literal
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from encoders.precision import full_precision
 from encoders.types import Batch
 from objectives.base import MAIN, Draw, Embed, Encode, LossOutput, ModelSpec, Objective, Results, Side
 from objectives.collectives import gather_grad_to_all, gather_no_grad, world_size
@@ -122,8 +122,7 @@ def late_similarities(left: Tensor, left_keep: Tensor, right: Tensor, right_keep
         right: [S, L, E] of unit norm.
         right_keep: [S, L] bool, at least one a row.
     """
-    device = left.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with full_precision(left):
         parts = [
             checkpoint(_late, left, left_keep, *part, use_reentrant=False, preserve_rng_state=False)
             for part in zip(right.split(_AT_ONCE), right_keep.split(_AT_ONCE), strict=True)

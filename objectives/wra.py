@@ -7,13 +7,13 @@ Shapes: M rows, L text length, N image tokens, D width.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from encoders.precision import full_precision
 from encoders.types import Batch, Tokens
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Rows, Side
 from objectives.pairs import image_of_text
@@ -107,8 +107,7 @@ def transport_distance(
     Returns:
         [M]; the gradient flows through the cost, not through the plan (an envelope theorem). 0 where a set is empty.
     """
-    device = text.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+    with full_precision(text):
         text, image = (F.normalize(x.float(), dim=-1, eps=1e-5) for x in (text, image))
         pair = text_keep[:, :, None] & image_keep[:, None]
         cost = (1 - text @ image.mT).masked_fill(~pair, 0)  # [M, L, N]
