@@ -29,9 +29,10 @@ class RegionConfig(Config):
     0 = boxes are not read (VisualBERT)."""
     width: int = 768
     """D, token width."""
-    geometry: Literal["values", "sinusoid"] = "values"
-    """What is projected of a box: its values, or sines and cosines of its centre and sides (VL-BERT; Hu et al. 2018,
-    Relation Networks, section 3.2), which are computed from 4 corners."""
+    geometry: Literal["values", "sinusoid", "crossed"] = "values"
+    """What is projected of a box: its values; sines and cosines of its centre and sides (VL-BERT; Hu et al. 2018,
+    Relation Networks, section 3.2); or `crossed`: the corners, and (bottom - right) x (top - left) in the place of the
+    area, as VL-T5's code takes corners in another order than they come in. The last two are computed from 4 corners."""
     wavelengths: int = 256
     """K of `sinusoid`, whose width is then 4 x 2 x K."""
     merge: Literal["sum", "norm_sum", "norm_mean", "concat", "norm_concat"] = "norm_sum"
@@ -90,7 +91,7 @@ class RegionEncoder(nn.Module):
     """Regions -> tokens; bare embeddings, whose transformer is the fusion.
 
     Raises:
-        ValueError: sines and cosines of boxes that are not read as corners.
+        ValueError: a geometry that is computed from corners, of boxes that are not read so.
     """
 
     bare = True
@@ -98,13 +99,13 @@ class RegionEncoder(nn.Module):
     def __init__(self, config: RegionConfig) -> None:
         super().__init__()
         self.config, self.width = config, config.width
-        if config.geometry == "sinusoid" and config.boxes != 4:
+        if config.geometry != "values" and config.boxes != 4:
             raise ValueError(
-                f"model.vision.geometry sinusoid is of a box's 4 corners, but model.vision.boxes is {config.boxes}; "
-                "set it to 4, or use geometry values"
+                f"model.vision.geometry {config.geometry} is of a box's 4 corners, but model.vision.boxes is "
+                f"{config.boxes}; set it to 4, or use geometry values"
             )
         self.concat, normed = config.merge in ("concat", "norm_concat"), config.merge.startswith("norm")
-        seen = 8 * config.wavelengths if config.geometry == "sinusoid" else config.boxes
+        seen = {"values": config.boxes, "sinusoid": 8 * config.wavelengths, "crossed": 5}[config.geometry]
         self.project = nn.Linear(config.features + (seen if self.concat else 0), config.width)
         self.activation = None if config.activation is None else ACTIVATIONS[config.activation]
         self.box = nn.Linear(seen, config.width) if seen and not self.concat else None
@@ -198,6 +199,9 @@ class RegionEncoder(nn.Module):
         features = self._hidden(regions)
         if config.geometry == "sinusoid":
             boxes = box_waves(boxes, config.wavelengths)
+        elif config.geometry == "crossed":
+            left, top, right, bottom = boxes.unbind(-1)
+            boxes = torch.cat([boxes, ((bottom - right) * (top - left))[..., None]], -1)
         if self.concat:
             features = torch.cat([features, boxes], -1)
         seen = self.project(self.input_drop(features))

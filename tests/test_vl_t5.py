@@ -56,7 +56,7 @@ def test_a_run(tmp_path: Path) -> None:
     loaded = vlp.load(found.checkpoint)
     words = loaded.tokenizer.vocabulary
     assert len(words.sentinels) == 16
-    layout = RegionLayout(boxes=5, number=9)
+    layout = RegionLayout(boxes=4, number=9)
     example = Example("0", (), "is it number 3", prefix="vqa:", regions=read_regions("0", {"npz": regions(3)}, layout))
     batch = collate([example], [0], loaded.tokenizer, {}, 20, 0, regions=layout)
     with torch.no_grad():
