@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -18,11 +19,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from downstream.beside import Job, run_beside
 from downstream.evaluate import evaluate_run, open_data
 from downstream.grid import Cell
 from downstream.metrics.retrieval import RECALL_AT
 from downstream.retrieval import ITC, ITM, RetrievalConfig
-from objectives.collectives import rank
+from objectives.collectives import rank, world_size
 from vlp.checkpoint.load import load
 from vlp.config import to_yaml
 from vlp.parts import parameters_by_part
@@ -63,6 +65,7 @@ def compare(
     *,
     task: RetrievalConfig | None = None,
     command: str = "",
+    jobs: int = 1,
 ) -> list[Row]:
     """Train every cell and score its retrieval; what is done already is kept, what was interrupted goes on.
 
@@ -72,31 +75,53 @@ def compare(
         device: of this rank.
         task: how retrieval is scored.
         command: for the model cards.
+        jobs: cells trained at once, each by a process of its own.
+
+    Returns:
+        The rows of all cells, of those before a signal if one came.
 
     Raises:
         ValueError: a folder holds another cell of that name, or the data are unusable.
         NonFiniteError: a cell diverged.
     """
     cells = list(cells)
+    if jobs < 1 or (jobs > 1 and world_size() > 1):
+        raise ValueError(f"--jobs {jobs}: give at least 1, and under torchrun, where all ranks train each cell, just 1")
     for cell in cells:
         open_data(cell.run.data, "val")  # before anything is trained
     if unequal := unheld({cell.name: cell.run for cell in cells}):
         logger.warning(
             "variants differ in more than the model, in %s: compare their scores with care", ", ".join(unequal)
         )
-    rows = []
-    for number, cell in enumerate(cells, 1):
-        place = folder / cell.name
-        claim(place, cell.run)
-        if (place / ROW).is_file():
-            rows.append(Row(**json.loads((place / ROW).read_text(encoding="utf-8"))))
-            continue
-        logger.info("%s, %d of %d", cell.name, number, len(cells))
-        if not finish(place, cell.run, device, command):
-            logger.warning("interrupted; the same command goes on")
-            break
-        rows.append(score(cell, place, device, task or RetrievalConfig(), command))
-    return rows
+    for cell in cells:
+        claim(folder / cell.name, cell.run)
+    rows = {cell.name: row for cell in cells if (row := read_row(folder / cell.name)) is not None}
+    left = [cell for cell in cells if cell.name not in rows]
+    todo = [partial(train_and_score, cell, folder / cell.name, task or RetrievalConfig(), command) for cell in left]
+    if jobs > 1:
+        named = [Job(cell.name, folder / cell.name, work) for cell, work in zip(left, todo, strict=True)]
+        run_beside(named, device, jobs)
+    else:
+        for cell, work in zip(left, todo, strict=True):
+            logger.info("%s, %d of %d", cell.name, len(rows) + 1, len(cells))
+            if (row := work(device)) is None:
+                break
+            rows[cell.name] = row
+    rows |= {cell.name: row for cell in left if (row := read_row(folder / cell.name)) is not None}
+    if len(rows) < len(cells):
+        logger.warning("interrupted; the same command goes on")
+    return [rows[cell.name] for cell in cells if cell.name in rows]
+
+
+def train_and_score(cell: Cell, place: Path, task: RetrievalConfig, command: str, device: torch.device) -> Row | None:
+    """Bring a cell to its end; return None if a signal stopped it."""
+    return score(cell, place, device, task, command) if finish(place, cell.run, device, command) else None
+
+
+def read_row(place: Path) -> Row | None:
+    """Return the row of a cell that is done."""
+    path = place / ROW
+    return Row(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def unheld(runs: Mapping[str, RunConfig]) -> list[str]:

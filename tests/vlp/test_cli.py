@@ -284,6 +284,13 @@ def test_compare_trains_each_cell_once(place: Path, capsys: pytest.CaptureFixtur
     assert main(words) == 0 and capsys.readouterr().out == printed
     assert [path.stat().st_mtime_ns for path in sorted((place / "compared").rglob("*.safetensors"))] == times
     assert "other settings" in fails(capsys, *words, "--train.samples", "24")
+    assert main([*words, "--out", str(place / "beside"), "--jobs", "2"]) == 0
+    capsys.readouterr()
+    for one in (cell.relative_to(place / "compared") for cell in cells):
+        rows = [json.loads((place / out / one / "row.json").read_text()) for out in ("compared", "beside")]
+        assert rows[0].pop("samples_per_second") and rows[1].pop("samples_per_second")
+        assert rows[0]["losses"] == pytest.approx(rows[1].pop("losses")) and rows[0].items() >= rows[1].items()
+    assert "--jobs 0" in fails(capsys, *words, "--jobs", "0")
 
 
 def test_compare_says_what_it_cannot_do(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

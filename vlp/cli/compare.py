@@ -60,6 +60,13 @@ def compare_arguments(parser: Parser) -> None:
         metavar="FILE",
         help="page with markers compare:begin and compare:end; writes the table between them",
     )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="models trained at once, each on a GPU of its own or with its share of the cores (1)",
+    )
     device_option(parser)
 
 
@@ -133,7 +140,7 @@ def compare(arguments: Arguments, config: Any) -> None:
     folder = arguments.out or Path("runs") / "compare"
     device = pick_device(arguments.device)
     with process_group(device):
-        done = comparison.compare(grid.cells, folder, device, command=arguments.command)
+        done = comparison.compare(grid.cells, folder, device, command=arguments.command, jobs=arguments.jobs)
         if arguments.markdown is not None and len(done) == len(grid.cells):
             comparison.write_markdown(arguments.markdown, comparison.markdown(done, grid.refused))
     print_result(comparison.compare_table(done, grid.refused))
