@@ -94,6 +94,7 @@ class CaptioningConfig(TaskConfig):
     data's."""
 
     headline: ClassVar[str] = "CIDEr-D"
+    of_data: ClassVar[tuple[str, ...]] = ("neighbours_by",)
 
     def survey(self, reader: Reader, data: DataConfig) -> CaptionSurvey:
         """Find the most frequent training caption; of equals, the first in the alphabet."""

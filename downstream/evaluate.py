@@ -9,7 +9,8 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from rich.table import Table
 from downstream import AnyTask
 from downstream.task import Result, TaskConfig
 from objectives.collectives import rank
-from vlp.checkpoint.load import LoadedConfig
+from vlp.checkpoint.load import FinetunedConfig, LoadedConfig
 from vlp.checkpoint.native import weights_of
-from vlp.config import Config, Layer
+from vlp.config import Config, Layer, slot_of
 from vlp.data.loader import DataConfig
 from vlp.data.reader import Reader
 from vlp.loaded import Loaded
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
 PREDICTIONS = "predictions.jsonl"
+SPEED = ("batch", "pairs")
+"""Settings of tasks that change the speed alone."""
 LIBRARIES = ("vlp", "torch", "torchvision", "timm", "transformers", "tokenizers", "open_clip_torch", "pillow", "numpy")
 
 
@@ -53,7 +56,8 @@ def inherited(config: LoadedConfig, training: bool = False) -> Layer:
     """Return what an evaluation or finetuning takes from its checkpoint, to lie below recipe and flags: how images and
     texts are prepared. The image size is left to the model, so that it may be changed there; augmentation is left to
     the recipe (colours that are jittered in pretraining may be what a task asks for), and so is, in ``training``, what
-    gives images of several sizes.
+    gives images of several sizes. An evaluation also takes the task's settings of a finetuning, so that it repeats its
+    score; where another task is asked for, its kind replaces them.
     """
     data = config.data
     exactly = set() if training else {"antialias", "resampler", "crop", "crop_share", "multiple", "max_patches"}
@@ -61,7 +65,42 @@ def inherited(config: LoadedConfig, training: bool = False) -> Layer:
     tokenizer = data.tokenizer.model_dump()
     read = {"tokenizer": tokenizer, "max_length": data.max_length, "whole_region": data.whole_region}
     prefix = {} if training else {"prefix": data.prefix}  # which a task that is trained states itself
-    return Layer({"data": read | prefix | {"transform": transform}}, "checkpoint")
+    task = {} if training else inherited_task(config)
+    return Layer({"data": read | prefix | {"transform": transform}} | ({"task": task} if task else {}), "checkpoint")
+
+
+def inherited_task(config: LoadedConfig) -> dict[str, Any]:
+    """Return the task settings of the finetuning that made a checkpoint, without those that are its data's."""
+    task = config.task if isinstance(config, FinetunedConfig) else {}
+    cls = slot_of(AnyTask).classes.get(task.get("kind", ""))
+    return {name: value for name, value in task.items() if name not in getattr(cls, "of_data", ())}
+
+
+def settings_note(task: AnyTask, config: LoadedConfig) -> tuple[str, ...]:
+    """Say how a task's settings differ from those of the finetuning that made the checkpoint, where that was of it.
+
+    Settings that change the speed alone are not looked at.
+    """
+    if not isinstance(config, FinetunedConfig) or config.task.get("kind") != task.kind:
+        return ()
+    here, there = dict(flat(task.model_dump(mode="json"))), dict(flat(config.task))
+    names = [name for name in {**here, **there} if name not in SPEED and name.partition(".")[0] in config.task]
+    others = [f"{n} {_word(here.get(n))} (there {_word(there.get(n))})" for n in names if here.get(n) != there.get(n)]
+    but = f", but for {', '.join(others)}" if others else ""
+    return (f"the task's settings are those of the finetuning that made the checkpoint{but}",)
+
+
+def flat(tree: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings by dotted name."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{at}{name}.")
+        else:
+            yield f"{at}{name}", value
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else str(value)
 
 
 def parts_of(loaded: Loaded, data: DataConfig) -> Parts:
@@ -101,6 +140,7 @@ def evaluate(run: EvaluateConfig, loaded: Loaded, folder: Path, *, command: str 
     survey = task.survey(open_data(data, "train"), data) if data.train else None
     parts = parts_of(loaded, data)
     result = task.evaluate(parts, reader, survey)
+    result = replace(result, notes=(*result.notes, *settings_note(run.task, loaded.config)))
     facts = {"checkpoint": {"source": run.checkpoint, "sha256": weights_hash(loaded.model)}, "command": command}
     write_result(folder, run.task, result, data_facts(data, reader) | facts)
     return result
@@ -125,6 +165,8 @@ def predict(run: EvaluateConfig, loaded: Loaded, path: Path) -> int:
         ValueError: the data cannot be read, or the model lacks a part that the task needs.
     """
     data = run.task.settings(run.data)
+    for note in settings_note(run.task, loaded.config):
+        logger.info("%s", note)
     rows = run.task.predict(parts_of(loaded, data), open_data(data, "val"))
     path.parent.mkdir(parents=True, exist_ok=True)
     number = 0

@@ -103,6 +103,7 @@ class ReferringConfig(TaskConfig):
     """Pairs of region and text that the fusion runs at once."""
 
     headline: ClassVar[str] = "accuracy"
+    of_data: ClassVar[tuple[str, ...]] = ("box", "boxes")
 
     def settings(self, data: DataConfig) -> DataConfig:
         """Images are squashed to size and never moved: what moves pixels would move boxes."""

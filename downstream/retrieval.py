@@ -76,6 +76,7 @@ class RetrievalConfig(TaskConfig):
     """Also report means over the images cut into so many galleries, in their order ("COCO 1K": 5 of the 5,000)."""
 
     headline: ClassVar[str] = "t2i/R@1"
+    of_data: ClassVar[tuple[str, ...]] = ("weight_data", "weight_where", "weight_among")
 
     def adapt(self, run: R, pretrained: Mapping[str, ObjectiveConfig], survey: Any) -> R:
         """Keep the checkpoint's contrastive, matching and ranking objectives; negatives are hard from the start."""

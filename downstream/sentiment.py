@@ -64,6 +64,7 @@ class SentimentConfig(TaskConfig):
 
     headline: ClassVar[str] = "MAE"
     better: ClassVar[Literal["higher", "lower"]] = "lower"
+    of_data: ClassVar[tuple[str, ...]] = ("label",)
 
     def settings(self, data: DataConfig) -> DataConfig:
         """Texts are in the field text unless the user names another."""

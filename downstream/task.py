@@ -74,6 +74,9 @@ class TaskConfig(Config):
     """The metric that tables and floors are about."""
     better: ClassVar[Literal["higher", "lower"]] = "higher"
     """Which headline is the better one: by it the best checkpoint of a finetuning is kept."""
+    of_data: ClassVar[tuple[str, ...]] = ()
+    """Settings that name columns, files or data: an evaluation does not take them from the finetuning that made its
+    checkpoint, as its own data may be others."""
 
     def survey(self, reader: Reader, data: DataConfig) -> Any:
         """Return what the task wants to know of the training data (answer list, most frequent caption); one pass.

@@ -102,6 +102,7 @@ class TranslationConfig(TaskConfig):
     """How translations are written."""
 
     headline: ClassVar[str] = BLEU
+    of_data: ClassVar[tuple[str, ...]] = ("target", "meteor_jar")
 
     def settings(self, data: DataConfig) -> DataConfig:
         """Texts are source sentences: the field `source` unless the user names another."""

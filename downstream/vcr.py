@@ -64,6 +64,7 @@ class VcrConfig(TaskConfig):
     """Also choose with the images blanked: what the model itself knows from the texts alone. Doubles the time."""
 
     headline: ClassVar[str] = "accuracy"
+    of_data: ClassVar[tuple[str, ...]] = ("question", "label")
 
     def settings(self, data: DataConfig) -> DataConfig:
         """Texts are the choices, all of which come with their image."""

@@ -77,6 +77,7 @@ class VerdictConfig(TaskConfig):
     """Also judge with the images blanked: what the model itself knows from the text alone. Doubles the time."""
 
     headline: ClassVar[str] = "accuracy"
+    of_data: ClassVar[tuple[str, ...]] = ("label",)
     images: ClassVar[int] = 1
     """Images of a text."""
     text: ClassVar[str] = "sentence"

@@ -88,6 +88,7 @@ class VqaConfig(TaskConfig):
     """How answers are written (open)."""
 
     headline: ClassVar[str] = "accuracy"
+    of_data: ClassVar[tuple[str, ...]] = ("answer", "choices")
 
     def settings(self, data: DataConfig) -> DataConfig:
         """Texts are questions: the field of that name unless the user names another."""

@@ -52,6 +52,13 @@ class LoadedConfig(Config):
     """How images and texts are prepared."""
 
 
+class FinetunedConfig(LoadedConfig):
+    """That of a finetuning."""
+
+    task: dict[str, Any]
+    """Settings of the task that it was finetuned for, as they were stored."""
+
+
 def load(
     source: str | Path,
     *,
@@ -245,8 +252,9 @@ def read_loaded_config(folder: Path, over: Mapping[str, Any] | None = None) -> L
     """
     source = str(folder / CONFIG)
     tree = lift(read_config(folder), source, migrate)
-    kept = {name: value for name, value in tree.items() if name in LoadedConfig.model_fields}
-    return build(LoadedConfig, Layer(kept, source), Layer(over or {}, "settings="))
+    cls = FinetunedConfig if tree.get("task") else LoadedConfig
+    kept = {name: value for name, value in tree.items() if name in cls.model_fields}
+    return build(cls, Layer(kept, source), Layer(over or {}, "settings="))
 
 
 def _device(device: str | torch.device) -> torch.device:

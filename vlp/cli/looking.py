@@ -26,6 +26,7 @@ def show_config(arguments: Arguments, flags: list[str]) -> Config:
         ValueError: there is none, or it is a finetuning's recipe, which says nothing without a checkpoint.
     """
     from vlp.checkpoint.migrate import migrate
+    from vlp.checkpoint.native import CONFIG
     from vlp.recipes import list_recipes, load_recipe
     from vlp.run import RunConfig
 
@@ -40,7 +41,7 @@ def show_config(arguments: Arguments, flags: list[str]) -> Config:
             from downstream.finetune import FinetuneConfig  # takes a second
 
             kind = FinetuneConfig
-            if not any(tree.get("init") for tree in trees):
+            if Path(recipe).name != CONFIG and not any(tree.get("init") for tree in trees):
                 raise ValueError(
                     f"vlp show {arguments.recipe}: a finetuning's recipe lies over a checkpoint; see it with vlp "
                     f"finetune {arguments.recipe} --init CHECKPOINT --dry-run, or show a finetuned run by its folder"

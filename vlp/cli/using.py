@@ -120,17 +120,11 @@ def name_of(config: Any, average: bool | None = None) -> str:
 
 def changed(config: Config) -> Iterator[tuple[str, Any]]:
     """Yield the settings that are not the default, by dotted name; not those that change the speed alone."""
+    from downstream.evaluate import SPEED, flat
 
-    def flat(tree: Any, at: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(tree, dict):
-            for name, value in tree.items():
-                yield from flat(value, f"{at}.{name}" if at else name)
-        else:
-            yield at, tree
-
-    known = dict(flat(type(config)().model_dump(mode="json"), ""))
-    for name, value in flat(config.model_dump(mode="json"), ""):
-        if known.get(name) != value and name not in ("batch", "pairs"):
+    known = dict(flat(type(config)().model_dump(mode="json")))
+    for name, value in flat(config.model_dump(mode="json")):
+        if known.get(name) != value and name not in SPEED:
             yield name, value
 
 
