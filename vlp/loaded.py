@@ -79,8 +79,9 @@ class LazyTokenizer:
 class Loaded:
     """A model ready for use. Tensors that its methods return are float32 on the CPU.
 
-    Every method raises ValueError, in one line, for an image that cannot be read and for what the model was not trained
-    to do. Texts are cut at ``config.data.max_length`` tokens.
+    Every method raises ValueError, in one line, for an image that cannot be read, for nothing to choose from (no names,
+    no answers) and for what the model was not trained to do. No images, texts or pairs give an empty result. Texts are
+    cut at ``config.data.max_length`` tokens.
     """
 
     model: Model
@@ -174,7 +175,7 @@ class Loaded:
         given = None
         if answers is not None:
             length = self.config.data.max_length
-            given = answer_texts(self.model, self.tokenizer, _listed(answers, "answers"), length, objective=write)
+            given = answer_texts(self.model, self.tokenizer, _words(answers, "answers"), length, objective=write)
         found: list[str] = []
         for part in _pairs(images, questions, "questions", batch_size):
             with torch.inference_mode():
@@ -215,14 +216,14 @@ class Loaded:
 
         Args:
             images: to classify.
-            names: of the classes.
+            names: of the classes, at least one.
             template: the text of a class, ``{}`` standing for its name; ``"{}"`` is the name alone.
             batch_size: images or texts run at a time.
         """
         if "{}" not in template:
             raise ValueError(f"template {template!r} has no place for the class name; write {{}} where it belongs")
+        classes = [template.replace("{}", name) for name in _words(names, "names")]
         image = self.embed_images(images, batch_size=batch_size)
-        classes = [template.replace("{}", name) for name in _listed(names, "names")]
         text = self.embed_texts(classes, batch_size=batch_size)
         space = self.model.space()
         assert space is not None
@@ -352,6 +353,16 @@ def _listed(items: Sequence[Any], name: str) -> list[Any]:
     if isinstance(items, str | Path | Image.Image):
         raise ValueError(f"{name} should be a list, not one {type(items).__name__}; write [...] around it")
     return list(items)
+
+
+def _words(items: Sequence[Any], name: str) -> list[str]:
+    """What is chosen from: a list of strings, at least one."""
+    found = _listed(items, name)
+    if not found:
+        raise ValueError(f"{name} is empty; give at least one")
+    if wrong := [one for one in found if not isinstance(one, str)]:
+        raise ValueError(f"{name} should be strings, not {type(wrong[0]).__name__}: {wrong[0]!r:.60}")
+    return found
 
 
 def _parts(items: Sequence[Any], name: str, batch_size: int) -> Iterator[list[Any]]:

@@ -67,6 +67,35 @@ def test_the_loaded_model_is_the_saved_one(loaded: vlp.Loaded, model: Model) -> 
     assert loaded.tokenizer.vocabulary == tokenizer().vocabulary and str(loaded.device) == "cpu"
 
 
+def test_there_must_be_something_to_choose_from(loaded: vlp.Loaded, images: list[Image.Image]) -> None:
+    """Nothing to work on gives nothing, of the right shape."""
+    assert loaded.classify([], ["dog", "cat"]).shape == (0, 2) and loaded.embed_texts([]).shape == (0, 16)
+    assert loaded.answer([], []) == []
+    with pytest.raises(ValueError, match=r"^names is empty; give at least one$"):
+        loaded.classify(images, [])
+    with pytest.raises(ValueError, match=r"^names should be strings, not int: 3$"):
+        loaded.classify(images, ["dog", 3])  # type: ignore[list-item]
+
+
+OTHERS = {
+    "x.csv": (b"image,caption\n0.png,a dog\n", r"it is a table \(\.csv\), no checkpoint; give a checkpoint or run"),
+    "x.png": (b"\x89PNG\r\n\x1a\n\0\0", r"an image \(\.png\)"),
+    "own.yaml": (b"model: {}\n", r"a recipe or config \(\.yaml\)"),
+    "notes": (b"a plain text\n", "a text file"),
+    "empty": (b"", "an empty file"),
+    "index.npz": (b"PK\x03\x04", r"a file of numpy's arrays \(\.npz\)"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_file_that_is_no_checkpoint_is_said_to_be_what_it_is(tmp_path: Path, name: str) -> None:
+    content, what = OTHERS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^cannot load .*{name}: .*{what}") as error:
+        vlp.load(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
 def test_embeddings_do_not_depend_on_the_batch(loaded: vlp.Loaded, images: list[Image.Image]) -> None:
     vectors = loaded.embed_images(images)
     assert vectors.shape == (4, 16) and vectors.dtype == torch.float32
@@ -126,6 +155,9 @@ def test_answers_are_written_where_there_is_no_list(tmp_path: Path, images: list
     assert set(ranked) <= set(given)
     assert ranked == [written.answer([i], [q], given)[0] for i, q in zip(images, questions, strict=True)]
     assert written.answer(images, questions, given[1:2], k=1) == ["red"] * 4
+    assert written.answer([], [], given) == []
+    with pytest.raises(ValueError, match=r"^answers is empty; give at least one$"):
+        written.answer(images, questions, [])
     with pytest.raises(ValueError, match="cannot write captions"):
         written.caption(images)
 

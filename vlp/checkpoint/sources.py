@@ -14,6 +14,8 @@ from typing import Any
 from vlp.checkpoint.folder import MANIFEST, find_checkpoint, is_checkpoint, manifest_files
 from vlp.checkpoint.foreign import CONFIG_FILES, PREPROCESSOR_FILE, PROCESSOR_FILE, WEIGHT_FILES, first_line
 from vlp.data.presets import CLIP_MEAN, CLIP_STD
+from vlp.data.records import IMAGE_EXTENSIONS
+from vlp.data.table import TABLE_SUFFIXES
 from vlp.recipes import did_you_mean
 
 LOADABLE = (
@@ -22,6 +24,16 @@ LOADABLE = (
 )
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "beit3.spm")
 OPEN_CLIP = "open_clip:"
+WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+OTHERS = {
+    **dict.fromkeys(TABLE_SUFFIXES, "a table"),
+    **{f".{ending}": "an image" for ending in IMAGE_EXTENSIONS},
+    **dict.fromkeys((".yaml", ".yml"), "a recipe or config"),
+    ".tar": "a tar file, as shards of data are",
+    ".npz": "a file of numpy's arrays",
+    ".zip": "an archive",
+}
+"""What files are that hold no weights, by their endings."""
 _SMALL = ("*.json", "*.txt", "*.model", "*.spm")
 """Configs and tokenizers of foreign checkpoints on the hub."""
 
@@ -46,12 +58,27 @@ def local(source: str) -> Iterator[Path]:
     elif path.is_file():
         if is_checkpoint(path.parent):
             raise ValueError(f"cannot load {source}: {path.parent} is a checkpoint, give that")
+        if (other := other_than_weights(path)) is not None:
+            raise ValueError(f"cannot load {source}: it is {other}, no checkpoint; {LOADABLE}")
         yield path
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source) and not path.parent.is_dir():
         yield _snapshot(source)
     else:
         foreign = [name for name in (*CONFIG_FILES, *WEIGHT_FILES) if (path / name).is_file()]
         yield path if foreign and not is_checkpoint(path) else find_checkpoint(path)
+
+
+def other_than_weights(path: Path) -> str | None:
+    """Return what a file is that holds no weights, by its first bytes and its ending; None: it may hold some."""
+    ending = path.suffix.lower()
+    with path.open("rb") as file:
+        head = file.read(512)
+    stored = head.startswith((b"PK\x03\x04", b"\x80")) or head[8:9] == b"{"  # a zip archive, a pickle, safetensors
+    if ending in WEIGHT_ENDINGS or (stored and ending not in (".npz", ".zip")):
+        return None  # if it is damaged, its reader says so
+    if ending in OTHERS:
+        return f"{OTHERS[ending]} ({ending})"
+    return None if b"\0" in head else "a text file" if head else "an empty file"
 
 
 def _open_clip(source: str, folder: Path) -> Path:
