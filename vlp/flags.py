@@ -9,7 +9,7 @@ import argparse
 import difflib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -125,6 +125,7 @@ def _apply(tree: Tree[Any], flag: _Flag) -> None:
 def _locate(tree: Tree[Any], parts: Sequence[str]) -> tuple[tuple[str, ...], Slot]:
     """The path of the field that a flag names, hyphens or underscores, and what it may hold."""
     slot, value, path = tree.root, tree.values, ()  # type: Slot, Any, tuple[str, ...]
+    beside: Any = None  # what the value is an entry of
     for part in parts:
         as_typed = slot.entry and (not slot.entry.classes or (isinstance(value, Mapping) and part in value))
         name = part if as_typed else part.replace("-", "_")
@@ -137,29 +138,62 @@ def _locate(tree: Tree[Any], parts: Sequence[str]) -> tuple[tuple[str, ...], Slo
             if cls is None:  # an unknown kind, which will be reported; what is below it cannot be judged
                 return (*path, name), _KIND
             if name not in slots(cls):
-                raise _UnknownFlagError(f"unknown flag; {_nearest(tree, parts)}")
+                raise _UnknownFlagError(f"unknown flag; {_nearest(tree, parts, path, slots(cls))}")
             slot = slots(cls)[name]
         elif slot.classes:
             shown = _dotted(path)
             kinds = "{" + ",".join(slot.classes) + "}"
-            raise _UnknownFlagError(f"there is no {'.'.join(path)}; create it with {shown}.kind {kinds}")
+            there = [one for one, value in (beside or {}).items() if isinstance(value, Mapping)]
+            near = [] if path[-1] in slot.classes else _closest(path[-1], there)
+            near = [_dotted((*path[:-1], one, *parts[len(path) :])) for one in near]
+            hint = "".join(f"perhaps you meant {one}, or " for one in near)
+            raise _UnknownFlagError(f"there is no {'.'.join(path)}; {hint}create it with {shown}.kind {kinds}")
         else:
             raise _UnknownFlagError(f"unknown flag; {'.'.join(path)} is one value; write {_dotted(path)} VALUE")
-        value, path = value.get(name) if isinstance(value, Mapping) else None, (*path, name)
+        beside, path = value, (*path, name)
+        value = value.get(name) if isinstance(value, Mapping) else None
     return path, slot
 
 
 _KIND = Slot(str, {}, None, nullable=False, plain=True)
 
 
-def _nearest(tree: Tree[Any], parts: Sequence[str]) -> str:
-    """The remedy for a misspelt flag: the same name elsewhere in the tree, or a similar one."""
-    given = ".".join(parts).replace("_", "-")
+def _nearest(tree: Tree[Any], parts: Sequence[str], path: Sequence[str], fields: Iterable[str]) -> str:
+    """The remedy for a misspelt flag.
+
+    The same name elsewhere in the tree; else a field of the part at `path`, up to which the flag is right; else a flag
+    that is very like it, one whose last word is like its own, or one that is somewhat like it.
+    """
+    given = ".".join(parts).replace("_", "-").lower()
     known = [row.flag.removeprefix("--") for row in _rows(tree.root, tree.values)]
-    near = [name for name in known if name.endswith(f".{given}")] or difflib.get_close_matches(given, known, n=1)
+    ends = {name: name.rpartition(".")[2] for name in known}
+    last = _closest(given.rpartition(".")[2], set(ends.values()))
+    near = (
+        [name for name in known if name.endswith(f".{given}")]
+        or _beside(tree, parts, len(path), fields)
+        or _closest(given, known)
+        or [name for name in known if ends[name] in last][:3]
+        or _closest(given, known, cutoff=0.6)
+    )
     if near:
         return f"perhaps you meant {' or '.join(f'--{name}' for name in near)}"
     return "--help lists all flags"
+
+
+def _beside(tree: Tree[Any], parts: Sequence[str], at: int, fields: Iterable[str]) -> list[str]:
+    """The flag with its word number `at` corrected to the nearest of some fields, if that makes it a real one."""
+    for name in _closest(parts[at].replace("-", "_").lower(), fields):
+        try:
+            return [_dotted(_locate(tree, (*parts[:at], name, *parts[at + 1 :]))[0]).removeprefix("--")]
+        except _UnknownFlagError:
+            continue
+    return []
+
+
+def _closest(word: str, names: Iterable[str], cutoff: float = 0.75) -> list[str]:
+    """The name most like a word, one of the same letters first: letters that changed places are the commonest slip."""
+    near = difflib.get_close_matches(word, sorted(names), n=3, cutoff=cutoff)
+    return ([name for name in near if sorted(name) == sorted(word)] or near)[:1]
 
 
 def _value(slot: Slot, words: Sequence[str], path: tuple[str, ...]) -> Any:
@@ -222,7 +256,8 @@ def _rows(slot: Slot, value: Any, path: tuple[str, ...] = (), doc: str = "") -> 
     kinds = "{" + ",".join(kind for kind in slot.classes if kind) + "}"
     if slot.entry:
         names = ",".join(kind for kind in slot.entry.classes if kind)
-        yield _Row(f"{flag}.NAME.kind", f"{{{names}}}", f"Add one. `{flag}.NAME none` removes.", "", path, doc)
+        first, takes = ("kind", f"{{{names}}}") if names else ("FIELD", "VALUE")
+        yield _Row(f"{flag}.NAME.{first}", takes, f"Add one. `{flag}.NAME none` removes.", "", path, doc)
         for name, each in value.items() if isinstance(value, Mapping) else ():
             yield from _rows(slot.entry, each, (*path, name))
         return

@@ -95,6 +95,23 @@ def test_mistakes_in_flags_are_lines_too_all_at_once():
     ]
 
 
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [
+        ("--data.tarin", "--data.train"),
+        ("--model.visoin.width", "--model.vision.width"),
+        ("--objectives.mlm.wieght", "--objectives.mlm.weight"),
+        ("--objectives.mlmm.weight", "--objectives.mlm.weight, or create it with --objectives.mlmm.kind {mlm,mim}"),
+        ("--DATA.FLIP", "--data.flip"),
+        ("--flpi", "--data.flip"),
+        ("--dta.sizes", "--data.size"),
+    ],
+)
+def test_the_nearest_real_flag_is_named(flag: str, meant: str):
+    (line,) = problems(flags, flag, "3")
+    assert line.endswith(f"; perhaps you meant {meant} (command line)")
+
+
 def test_more_mistakes_in_flags():
     assert "should be a flag" in problems(from_command_line, Run, ["albef", "--data.train", "a"])[0]
     (line,) = problems(flags, "--objectives.mlm.mask-probabilty", "0.3")
