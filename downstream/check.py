@@ -17,7 +17,7 @@ from vlp.data.columns import ANSWER_COLUMNS, QUESTION_COLUMNS, TEXT_COLUMNS, fir
 from vlp.data.group import without_images
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample, decode_sample, open_reader
-from vlp.data.records import IMAGE_EXTENSIONS, tolerated
+from vlp.data.records import IMAGE_EXTENSIONS, place_of, tolerated
 from vlp.data.regions import RegionLayout, read_all_regions
 from vlp.data.split import image_hashes
 from vlp.loaded import Loaded
@@ -50,7 +50,8 @@ class Finding:
     def __str__(self) -> str:
         more = ", ..." if len(self.keys) > SHOWN else ""
         number = f" ({len(self.keys)} samples)" if len(self.keys) > 1 else ""
-        return f"{', '.join(self.keys[:SHOWN])}{more}{number}: {self.kind}: {self.detail}"
+        shown = ", ".join(f"{key}{place_of(key) if self.broken else ''}" for key in self.keys[:SHOWN])
+        return f"{shown}{more}{number}: {self.kind}: {self.detail}"
 
 
 @dataclass

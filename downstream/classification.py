@@ -36,6 +36,7 @@ from encoders.types import Batch
 from objectives import ObjectiveConfig
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
+from vlp.data.records import place_of
 
 if TYPE_CHECKING:
     from vlp.run import Parts
@@ -181,7 +182,9 @@ def survey_labels(reader: Reader, data: DataConfig, name: str | None, which: str
             bad[error.key] = error.reason
     if not counts:
         key, reason = next(iter(bad.items()), ("", "no samples"))
-        raise ValueError(f"data.{which}: none of its {len(reader)} samples has a label; the first, {key!r}: {reason}")
+        raise ValueError(
+            f"data.{which}: none of its {len(reader)} samples has a label; the first, {key!r}{place_of(key)}: {reason}"
+        )
     return LabelSurvey(counts, counts.total(), reader)
 
 
@@ -255,7 +258,7 @@ class ClassificationConfig(TaskConfig):
         samples = seen_samples(parts, reader, bad, texts=False)
         yield from (row for _, row, _ in self._scored(parts, classes, score, samples))
         for key, reason in bad.items():
-            logger.warning("%s: no class, %s", key, reason)
+            logger.warning("%s%s: no class, %s", key, place_of(key), reason)
 
     def _known(self, samples: Iterator[EvalSample], classes: Classes, bad: dict[str, str]) -> Iterator[EvalSample]:
         """The samples whose label is one of the classes."""

@@ -51,6 +51,7 @@ from vlp.data.batch import Example, pad_texts
 from vlp.data.fetch import Prepare
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
+from vlp.data.records import place_of
 from vlp.generate import GenerationConfig, generate_text, room_of, writer_of
 from vlp.model import Model
 from vlp.passes import memory_of
@@ -194,7 +195,7 @@ class DialogueConfig(TaskConfig):
             else:
                 yield self._row(one, asked) | {"best": self._write(parts, one, asked, writer)}
         for key, reason in bad.items():
-            logger.warning("%s: no answer, %s", key, reason)
+            logger.warning("%s%s: no answer, %s", key, place_of(key), reason)
 
     def submission(self, predictions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return EvalAI's format: image_id, round_id and the ranks of the candidates, each in its own order.

@@ -29,7 +29,7 @@ from downstream.gallery import Gallery, embed_images, embed_texts, open_gallery
 from downstream.metrics.retrieval import topk_chunked
 from encoders.types import Modality
 from vlp.data.reader import Reader, open_reader
-from vlp.data.records import IMAGE_EXTENSIONS
+from vlp.data.records import IMAGE_EXTENSIONS, place_of
 from vlp.loaded import AnyImage, Loaded
 
 logger = logging.getLogger(__name__)
@@ -97,13 +97,14 @@ def embed_folder(
         raise ValueError("this checkpoint has no common space of images and texts; pretrain it with objective itc")
     reader = open_reader(str(source)) if isinstance(source, str | Path) else source
     bad: dict[str, str] = {}
-    data = loaded.config.data.model_copy(update={"image": None, "text": None, "workers": workers})
+    data = loaded.config.data.model_copy(update={"image": None, "text": None, "boxes": None, "workers": workers})
     gallery = open_gallery(reader, data, loaded.tokenizer, model.config, bad, texts=modality == "text")
     total = gallery.num_images if modality == "image" else gallery.num_texts
     if total == 0:
         key, reason = next(iter(bad.items()), ("", "no samples"))
         raise ValueError(
-            f"embed: none of the {len(reader)} samples has a usable {modality}; the first, '{key}': {reason}"
+            f"embed: none of the {len(reader)} samples has a usable {modality}; the first, '{key}'{place_of(key)}: "
+            f"{reason}"
         )
     info = {"model": weights_hash(model), "modality": modality, "data": reader.fingerprint}
     count = 0
@@ -113,7 +114,7 @@ def embed_folder(
             count += len(keys)
             bad |= broken
     for key, reason in bad.items():
-        logger.warning("left out %s: %s", key, reason)
+        logger.warning("left out %s%s: %s", key, place_of(key), reason)
     logger.info("%d vectors in %s", count, path)
     return Embedded(count, bad)
 

@@ -33,6 +33,7 @@ from objectives.base import Embed, Encode
 from vlp.data.batch import stable_hash
 from vlp.data.loader import DataConfig
 from vlp.data.reader import Reader
+from vlp.data.records import place_of
 from vlp.model import Model
 from vlp.run import open_training_data
 
@@ -181,7 +182,7 @@ class LinearProbeConfig(ClassificationConfig):
                 found.append((number, one.image))
         found, bad = gather(found), gather_bad(bad)
         for key, reason in bad.items():
-            logger.warning("%s: not fitted, %s", key, reason)
+            logger.warning("%s%s: not fitted, %s", key, place_of(key), reason)
         if not found:
             raise ValueError(no_labels("train", len(reader), bad))
         features = torch.cat(gather(parts_of_features))

@@ -57,6 +57,7 @@ from vlp.data.batch import Example
 from vlp.data.fetch import Prepare
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
+from vlp.data.records import place_of
 from vlp.data.transforms import STILL
 from vlp.model import Model
 
@@ -180,7 +181,7 @@ class ReferringConfig(TaskConfig):
         samples = self._truths(seen_samples(parts, reader, bad, images=images), bad, labelled=False)
         yield from (row for row, _ in self._located(parts, samples, bad))
         for key, reason in bad.items():
-            logger.warning("%s: no box, %s", key, reason)
+            logger.warning("%s%s: no box, %s", key, place_of(key), reason)
 
     def _writes(self, model: Model) -> bool:
         return self.by != "regions" and box_head(model) is not None

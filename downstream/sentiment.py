@@ -37,6 +37,7 @@ from vlp.data.batch import Example
 from vlp.data.fetch import Prepare
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
+from vlp.data.records import place_of
 from vlp.model import Model
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class SentimentConfig(TaskConfig):
         bad: dict[str, str] = {}
         yield from self._rows(parts, seen_samples(parts, reader, bad, several=False))
         for key, reason in bad.items():
-            logger.warning("%s: no number, %s", key, reason)
+            logger.warning("%s%s: no number, %s", key, place_of(key), reason)
 
     def read_value(self, sample: Sample) -> float:
         """Return the sample's number.

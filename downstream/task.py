@@ -28,6 +28,7 @@ from vlp.data.group import without_images
 from vlp.data.loader import DataConfig
 from vlp.data.order import rank_slice
 from vlp.data.reader import BadSample, Reader, Sample, decode_sample
+from vlp.data.records import place_of
 from vlp.data.regions import RegionArrays
 from vlp.data.table import IMAGE_COLUMNS
 from vlp.data.transforms import EvalTransform, pad_images
@@ -362,8 +363,8 @@ def no_labels(which: str, number: int, bad: Mapping[str, str], option: str = "--
     """Return the error for data of which no sample can be used; ``option``: the flag that names the labels' field."""
     key, reason = next(iter(bad.items()), ("", "no samples"))
     return (
-        f"data.{which}: none of its {number} samples can be used; the first, {key!r}: {reason}; name the columns or "
-        f"fields with --data.text and, for answers, {option}"
+        f"data.{which}: none of its {number} samples can be used; the first, {key!r}{place_of(key)}: {reason}; "
+        f"name the columns or fields with --data.text and, for answers, {option}"
     )
 
 

@@ -41,6 +41,7 @@ from vlp.data.batch import Example
 from vlp.data.fetch import Prepare
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
+from vlp.data.records import place_of
 from vlp.data.tokenizer import Tokenizer
 from vlp.generate import GenerationConfig, generate_text, room_of
 from vlp.model import Model
@@ -166,7 +167,7 @@ class TranslationConfig(TaskConfig):
         bad: dict[str, str] = {}
         yield from self._translations(parts, seen_samples(parts, reader, bad, several=False))
         for key, reason in bad.items():
-            logger.warning("%s: no translation, %s", key, reason)
+            logger.warning("%s%s: no translation, %s", key, place_of(key), reason)
 
     def _labelled(
         self, samples: Iterable[EvalSample], bad: dict[str, str]

@@ -38,6 +38,7 @@ from vlp.data.batch import Example
 from vlp.data.fetch import Prepare
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
+from vlp.data.records import place_of
 from vlp.model import Model, ModelConfig
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class VcrConfig(TaskConfig):
         bad: dict[str, str] = {}
         yield from self._rows(parts, self._whole(seen_samples(parts, reader, bad), bad))
         for key, reason in bad.items():
-            logger.warning("%s: no choice, %s", key, reason)
+            logger.warning("%s%s: no choice, %s", key, place_of(key), reason)
 
     def _labelled(self, samples: Iterable[EvalSample], bad: dict[str, str]) -> Iterator[tuple[EvalSample, int]]:
         for one in self._whole(samples, bad):

@@ -40,6 +40,7 @@ from vlp.data.batch import Example
 from vlp.data.fetch import Prepare
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
+from vlp.data.records import place_of
 from vlp.data.regions import region_members
 from vlp.fusion import NoFusionConfig
 from vlp.fusion.dual import DualStreamConfig
@@ -172,7 +173,7 @@ class VerdictConfig(TaskConfig):
         samples = self._whole(parts, seen_samples(parts, reader, bad, several=False), bad)
         yield from self._rows(parts, samples)
         for key, reason in bad.items():
-            logger.warning("%s: no verdict, %s", key, reason)
+            logger.warning("%s%s: no verdict, %s", key, place_of(key), reason)
 
     def _labelled(self, samples: Iterable[EvalSample], bad: dict[str, str]) -> Iterator[tuple[EvalSample, str]]:
         for one in samples:

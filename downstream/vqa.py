@@ -40,6 +40,7 @@ from vlp.data.asking import ANSWER
 from vlp.data.fetch import Prepare
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample
+from vlp.data.records import place_of
 from vlp.generate import GenerationConfig
 from vlp.model import Model
 
@@ -209,7 +210,7 @@ class VqaConfig(TaskConfig):
         bad: dict[str, str] = {}
         yield from self._answers(parts, seen_samples(parts, reader, bad, several=False), self._candidates(None))
         for key, reason in bad.items():
-            logger.warning("%s: no answer, %s", key, reason)
+            logger.warning("%s%s: no answer, %s", key, place_of(key), reason)
 
     def _asked(self, samples: Iterable[EvalSample], bad: dict[str, str]) -> Iterator[tuple[EvalSample, Asked]]:
         for one, truth in self._labelled(samples, bad):

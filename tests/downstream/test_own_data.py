@@ -123,12 +123,12 @@ def test_broken_samples_are_named_counted_and_left_out(place, tmp_path, capsys):
     assert main(words("data", "check", table)) == 0
     lines = capsys.readouterr().out.splitlines()
     for number, what in {3: "gone.png", 7: "truncated", 11: "not an image", 19: "no text", 23: "no image path"}.items():
-        assert sum(line.startswith(f"train {number}: ") and what in line for line in lines) == 1, what
+        assert sum(line.startswith(f"train {number} ({table} line ") and what in line for line in lines) == 1, what
     assert lines[-1] == "train: 40 samples, 5 of them broken"
     command = words("finetune", "captioning", "--init", place / "checkpoint", "--data", table, *FAST)
     assert main([*command, "--out", str(tmp_path / "run"), "--train.samples", "72", "--tune.patience", "1"]) == 0
     said = capsys.readouterr().err
-    assert "of data.train are broken and left out" in said and "train 19: empty text" in said
+    assert "of data.train are broken and left out" in said and f"train 19 ({table} line 21): empty text" in said
 
 
 def test_too_many_broken_samples_are_refused_before_anything_is_trained(place, tmp_path, capsys):

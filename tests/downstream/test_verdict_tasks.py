@@ -205,7 +205,7 @@ def test_mistakes_are_one_line(tmp_path):
         )
     )
     one = open_reader(str(tmp_path / "dev.jsonl"), image="left", text="sentence")
-    with pytest.raises(ValueError, match=r"the first, '0': 1 images, two images are wanted; .*--data\.image"):
+    with pytest.raises(ValueError, match=r"the first, '0'.*: 1 images, two images are wanted; .*--data\.image"):
         task.evaluate(parts_of(paired, DataConfig(text="sentence")), one)
 
 

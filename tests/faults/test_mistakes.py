@@ -152,8 +152,8 @@ def test_a_few_bad_samples_are_named_and_counted(recipe, tmp_path, capsys, worke
     words = ["pretrain", recipe, "--out", tmp_path / "run", "--device", "cpu", "--data.train", data]
     assert main([*map(str, words), "--data.workers", workers]) == 0
     said = capsys.readouterr().err
-    assert said.count("WARNING bad sample '0': not an image that can be read (12 bytes)") == 1
-    assert said.count("WARNING bad sample '19': no caption, or an empty one") == 1
+    assert said.count(f"WARNING bad sample '0' ({data} line 2): not an image that can be read (12 bytes)") == 1
+    assert said.count(f"WARNING bad sample '19' ({data} line 21): no caption, or an empty one") == 1
     assert "WARNING 2 samples were bad, of 24 read" in said
 
 

@@ -25,7 +25,8 @@ from vlp.data.group import Groups, without_images
 from vlp.data.instruct import instructed
 from vlp.data.pairing import pair
 from vlp.data.reader import BadSample, RawSample, Reader, Sample, decode_sample
-from vlp.data.regions import RegionArrays, RegionLayout, read_all_regions, read_regions
+from vlp.data.records import place_of
+from vlp.data.regions import NAMES, RegionArrays, RegionLayout, missing_array, read_all_regions, read_regions
 from vlp.data.sources import Only
 from vlp.data.spans import one_caption, spans_of
 from vlp.data.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from vlp.data.loader import DataConfig
 
 _TRIES = 100  # samples in a row that may be bad
+_LOOKED_AT = 8  # samples that say whether data have regions at all
 
 Prepare: TypeAlias = Callable[[Sample, np.random.Generator], Example]
 """Sample with transformed images, generator keyed by its position and the text's number there -> example of one text.
@@ -117,6 +119,35 @@ class Fetch(Dataset[Fetched]):
         """Source of the draws of each position."""
         return Draw(self.seed)
 
+    def check_regions(self, name: str) -> None:
+        """Say once that the data have no arrays where a model reads a detector's: all samples would be bad.
+
+        Args:
+            name: of the data, for the error.
+
+        Raises:
+            ValueError: none of some samples, spread over the data, has what is read.
+        """
+        missing, number = "", len(self.reader)
+        for index in range(0, number, max(1, number // _LOOKED_AT)) if self.regions is not None else ():
+            assert self.regions is not None
+            try:
+                raw = self.reader[index]
+                fields = self._without_image(raw).fields
+                lacks = missing_array(fields, self.regions)
+            except BadSample:
+                return  # which the loader counts
+            if lacks is None:
+                return
+            known = ", ".join(dict.fromkeys([*raw.files, *fields])) or "nothing"
+            missing = missing or f"no {' or '.join(NAMES[lacks])} in {raw.source}, whose samples have {known}"
+        if missing:
+            raise ValueError(
+                f"{name}: model.vision.kind region reads a detector's arrays, but there are {missing}; store them as "
+                "KEY.npz in the shards, or name a table's column with paths of .npz files by --data.image, or use "
+                "another model.vision.kind"
+            )
+
     def __getitem__(self, slots: Sequence[Slot]) -> Fetched:
         bad: list[tuple[str, str]] = []
         try:
@@ -138,9 +169,10 @@ class Fetch(Dataset[Fetched]):
                 return self._make(position, (index + offset) % len(self))
             except BadSample as error:
                 bad.append((error.key, error.reason))
+        first, reason = bad[-tries]
         raise ValueError(
-            f"data: {tries} samples in a row are unusable, the first is '{bad[-tries][0]}': {bad[-tries][1]}; "
-            "check the data, and data.image and data.text"
+            f"data: {tries} samples in a row are unusable, the first is '{first}'{place_of(first)}: {reason}; check "
+            "the data, and data.image and data.text"
         )
 
     def _make(self, position: int, index: int) -> list[Example]:
@@ -206,8 +238,8 @@ class Fetch(Dataset[Fetched]):
             return raws[0], samples
         if len(samples[0].images) > 1:
             raise ValueError(
-                f"data.texts_per_image {number} shares one image, but sample '{samples[0].key}' has "
-                f"{len(samples[0].images)}; set it to 1"
+                f"data.texts_per_image {number} shares one image, but sample '{samples[0].key}'"
+                f"{place_of(samples[0].key)} has {len(samples[0].images)}; set it to 1"
             )
         if len(samples) == 1:  # its captions, in an order of their own at each position
             captions = [one_caption(samples[0], i, self.config.spans) for i in range(len(samples[0].texts))]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlp.data.records import BadSample, RawSample, digest
+from vlp.data.records import BadSample, Key, RawSample, digest
 
 LINES_SUFFIX = ".txt"
 
@@ -77,7 +77,8 @@ class LinesReader:
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        key = str(self._lines[index] + 1)
+        number = self._lines[index] + 1
+        key = Key(str(number), f"{self.name} line {number}")
         try:
             text = self._read(int(self._starts[index]), int(self._ends[index])).decode("utf-8").strip()
         except UnicodeDecodeError as error:

@@ -31,7 +31,7 @@ from vlp.data.instruct import InstructConfig
 from vlp.data.order import Order, rank_slice
 from vlp.data.pairing import PairingConfig
 from vlp.data.reader import Reader
-from vlp.data.records import tolerated
+from vlp.data.records import Key, place_of, tolerated
 from vlp.data.regions import RegionLayout
 from vlp.data.sources import MAIN, Mix, SourceConfig
 from vlp.data.tokenizer import Tokenizer, TokenizerConfig
@@ -190,7 +190,8 @@ class _Fetches(Dataset[Fetched]):
         found = self.by_source[source][slots]
         if source == MAIN:
             return found
-        return found._replace(bad=tuple((f"{source}/{key}", reason) for key, reason in found.bad))
+        bad = ((Key(f"{source}/{key}", getattr(key, "place", "")), reason) for key, reason in found.bad)
+        return found._replace(bad=tuple(bad))
 
 
 class Loader:
@@ -214,11 +215,11 @@ class Loader:
         sources: What fetches the samples of other sources than ``reader``, by name; ``config`` has their ratios.
 
     Attributes:
-        bad: Key and reason of every unusable sample that this rank met.
+        bad: Reason of every unusable sample that this rank met, by its key in quotes and where it stands.
         positions: Samples of each source that the run has read after the step that :meth:`steps` gave last.
 
     Raises:
-        ValueError: There are no samples, or fewer in a step than ranks.
+        ValueError: There are no samples, fewer in a step than ranks, or none with the regions that are read.
     """
 
     def __init__(
@@ -252,6 +253,8 @@ class Loader:
             alike = read_alike(reader, groups, config.text)
         main = Fetch(reader, groups, prepare, tokenizer, views, config, train, seed, *more, alike=alike)
         self._fetches = _Fetches({MAIN: main, **(sources or {})})
+        for name, one in self._fetches.by_source.items():
+            one.check_regions("data.train" if name == MAIN else f"data.sources.{name}.train")
         self._orders = {name: Order(len(one), one.seed, shuffle) for name, one in self._fetches.by_source.items()}
         ratios = {MAIN: config.ratio, **{name: config.sources[name].ratio for name in sources or {}}}
         self._mix = Mix(ratios, config.mix == "joint", seed, world)
@@ -351,9 +354,10 @@ class Loader:
     def _note(self, fetched: Fetched) -> None:
         """Count bad samples, each once, and stop when they are too many."""
         self._seen += 0 if fetched.batch is None else len(_positions(fetched.batch))
-        new = {key: reason for key, reason in fetched.bad if key not in self.bad}
-        for key, reason in new.items():
-            logger.warning("bad sample '%s': %s", key, reason)
+        met = {f"'{key}'{place_of(key)}": reason for key, reason in fetched.bad}
+        new = {name: reason for name, reason in met.items() if name not in self.bad}
+        for name, reason in new.items():
+            logger.warning("bad sample %s: %s", name, reason)
         self.bad |= new
         share, size = self._config.bad_samples, sum(order.size for order in self._orders.values())
         seen = min(max(self._seen, len(self.bad)), size)  # later epochs show the same samples again
@@ -365,7 +369,7 @@ class Loader:
 
 
 def _some(bad: Mapping[str, str]) -> str:
-    shown = [f"'{key}' ({' '.join(reason.split())})" for key, reason in list(bad.items())[:5]]
+    shown = [f"{name}: {' '.join(reason.split())}" for name, reason in list(bad.items())[:5]]
     return ", ".join(shown) + (", ..." if len(bad) > len(shown) else "")
 
 

@@ -19,7 +19,18 @@ from vlp.data.decode import decode_image
 from vlp.data.easy_vqa import SCHEME as EASY_VQA
 from vlp.data.easy_vqa import EasyVqaReader
 from vlp.data.lines import LINES_SUFFIX, LinesReader
-from vlp.data.records import IMAGE_EXTENSIONS, TEXT_FIELDS, BadSample, NothingLeft, OnDisk, RawSample, Reader, digest
+from vlp.data.records import (
+    IMAGE_EXTENSIONS,
+    TEXT_FIELDS,
+    BadSample,
+    Key,
+    NothingLeft,
+    OnDisk,
+    RawSample,
+    Reader,
+    digest,
+    place_of,
+)
 from vlp.data.shards import ShardReader
 from vlp.data.table import TABLE_SUFFIXES, FolderReader, TableReader
 
@@ -204,7 +215,7 @@ def decode_sample(
     stripped = tuple(item.strip() for item in texts)
     if need_text and not all(stripped):
         raise BadSample(raw.key, "empty caption")
-    decoded = tuple(decode_image(raw.files[extension], raw.key) for extension in images)
+    decoded = tuple(decode_image(raw.files[extension], _member(raw, extension)) for extension in images)
     return Sample(raw.key, decoded, tuple(item for item in stripped if item), fields)
 
 
@@ -229,6 +240,13 @@ def _fields(raw: RawSample) -> dict[str, Any]:
         if _is_json(extension):
             fields |= _json_fields(raw.key, extension, data)
     return fields
+
+
+def _member(raw: RawSample, extension: str) -> str:
+    """The sample's key where an error is about one member of a shard: its place names the member too."""
+    if raw.texts is not None or not place_of(raw.key):  # of tables and folders
+        return raw.key
+    return Key(raw.key, f"{raw.source} member {raw.key}.{extension}")
 
 
 def _last(extension: str) -> str:
@@ -275,7 +293,8 @@ def _texts(raw: RawSample, fields: Mapping[str, Any], named: str | None) -> tupl
         try:
             return tuple(raw.files[extension].decode("utf-8") for extension in members), members
         except UnicodeDecodeError as error:
-            raise BadSample(raw.key, f"text is not UTF-8: {error}") from error
+            named = " or ".join(f".{extension}" for extension in members)
+            raise BadSample(raw.key, f"text {named} is not UTF-8: {error}") from error
     if named is not None and named not in fields:
         return (), []
     name = named if named is not None else next((name for name in TEXT_FIELDS if fields.get(name) is not None), None)

@@ -33,6 +33,27 @@ TEXT_FIELDS = (
 """Names of a table column or json field that is taken for the text if none is named, best first."""
 
 
+class Key(str):
+    """Name of a sample within its source that also knows where the sample stands.
+
+    Attributes:
+        place: File and line, or shard, for messages; "" where that is not known.
+    """
+
+    place: str
+
+    def __new__(cls, name: str, place: str = "") -> Key:
+        key = super().__new__(cls, name)
+        key.place = place
+        return key
+
+
+def place_of(key: str) -> str:
+    """Return where a sample stands, as it follows its name in messages: " (pairs.csv line 7)", or "" if nobody said."""
+    place = getattr(key, "place", "")
+    return f" ({place})" if place else ""
+
+
 class BadSample(ValueError):  # noqa: N818 - named for what it says about the sample
     """One sample cannot be used; the data set counts it, logs it and goes on.
 
@@ -47,7 +68,7 @@ class BadSample(ValueError):  # noqa: N818 - named for what it says about the sa
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.reason}"
+        return f"{self.key}{place_of(self.key)}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +76,7 @@ class RawSample:
     """A sample as stored, nothing decoded.
 
     Attributes:
-        key: Name within its source (WebDataset key, row number, relative path).
+        key: Name within its source (WebDataset key, row number, relative path); a ``Key`` where the reader knows more.
         source: Shard, table or folder that it comes from.
         files: Bytes by extension, in stored order: ``{"jpg": ..., "txt": ..., "json": ...}``.
         fields: Columns of the table row; empty for shards, whose fields are still inside ``files["json"]``.

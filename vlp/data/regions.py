@@ -135,6 +135,17 @@ def read_all_regions(key: str, fields: Mapping[str, Any], layout: RegionLayout) 
     return tuple(read_regions(key, each, layout) for each in several)
 
 
+def missing_array(fields: Mapping[str, Any], layout: RegionLayout) -> str | None:
+    """Return the first of our names of arrays that a model reads and an image's sample lacks; None if all are there.
+
+    Raises:
+        BadSample: arrays cannot be read.
+    """
+    members = region_members(fields)
+    arrays = _Arrays("", {**fields, "npz": fields[members[0]]} if len(members) > 1 else fields)
+    return next((name for name in ("features", *layout.targets) if arrays.get(name) is None), None)
+
+
 def _chosen(number: int, most: int, confidence: Array | None) -> Array:
     """Indices of the regions that are taken, in their order."""
     if number <= most or confidence is None or len(confidence) != number:

@@ -20,7 +20,7 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from vlp.data.records import BadSample, Blobs, RawSample, digest, matches, nothing_left
+from vlp.data.records import BadSample, Blobs, Key, RawSample, digest, matches, nothing_left
 from vlp.data.tar_index import ShardIndex, default_index_cache, expand_shards, is_local, load_index
 
 log = logging.getLogger(__name__)
@@ -95,10 +95,10 @@ class ShardReader:
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        here, key = self._index, self._index.keys[index].decode("utf-8", "replace")
+        here, shard = self._index, int(self._index.shard[index])
+        key = Key(here.keys[index].decode("utf-8", "replace"), self._shards[shard].decode())
         members = slice(here.first[index], here.first[index + 1])
         offsets, sizes = here.offset[members].tolist(), here.size[members].tolist()
-        shard = int(here.shard[index])
         # The members of a sample follow each other: one read, headers included.
         data = self._read(shard, offsets[0], offsets[-1] + sizes[-1], key)
         files = {

@@ -9,11 +9,12 @@ import csv
 import json
 import logging
 import os
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from vlp.data.records import (
     IMAGE_EXTENSIONS,
     BadSample,
     Blobs,
+    Key,
     RawSample,
     digest,
     matches,
@@ -45,10 +47,24 @@ class _Rows(Protocol):
 
     def fingerprint(self) -> str: ...
 
+    def place(self, index: int) -> str: ...
+
+
+_Numbered: TypeAlias = tuple[int, bytes]
+"""Line at which a row begins, the first being 1 and 0 = not known, and the row as JSON."""
+
 
 class _JsonRows:
-    def __init__(self, rows: Iterator[bytes]):
-        self._rows = Blobs.pack(rows)
+    def __init__(self, rows: Iterator[_Numbered]):
+        lines = array("q")  # boxed integers would take several times the memory
+
+        def texts() -> Iterator[bytes]:
+            for line, row in rows:
+                lines.append(line)
+                yield row
+
+        self._rows = Blobs.pack(texts())
+        self._lines = np.array(lines, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -58,6 +74,9 @@ class _JsonRows:
 
     def fingerprint(self) -> str:
         return digest(self._rows.data, self._rows.offsets)
+
+    def place(self, index: int) -> str:
+        return f"line {self._lines[index]}" if self._lines[index] else _row(index)
 
 
 class _ArrowRows:
@@ -81,28 +100,37 @@ class _ArrowRows:
     def fingerprint(self) -> str:
         return digest(self._stamp, np.frombuffer(str(self._table.schema).encode(), dtype=np.uint8))
 
+    def place(self, index: int) -> str:
+        return _row(index)
+
+
+def _row(index: int) -> str:
+    return f"row {index}, counted from 0"
+
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _csv_rows(path: Path) -> Iterator[bytes]:
+def _csv_rows(path: Path) -> Iterator[_Numbered]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         file.seek(0)
         reader = csv.reader(file, delimiter=delimiter(header, path.suffix))
         names = [name.strip() for name in next(reader, [])]
+        end = reader.line_num
         for row in reader:
+            line, end = end + 1, reader.line_num  # a cell may hold several lines
             if len(row) > len(names):
                 raise ValueError(
                     f"data: '{path}' line {reader.line_num} has {len(row)} cells for {len(names)} columns; "
                     "put cells that hold the separator in double quotes"
                 )
             if row:
-                yield json.dumps(dict(zip(names, row + [""] * (len(names) - len(row))))).encode()
+                yield line, json.dumps(dict(zip(names, row + [""] * (len(names) - len(row))))).encode()
 
 
-def _jsonl_rows(path: Path) -> Iterator[bytes]:
+def _jsonl_rows(path: Path) -> Iterator[_Numbered]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -112,17 +140,17 @@ def _jsonl_rows(path: Path) -> Iterator[bytes]:
                     raise ValueError(f"data: '{path}' line {number} is not json: {error}") from error
                 if not isinstance(row, dict):
                     raise ValueError(f"data: '{path}' line {number} is not an object with named fields")
-                yield line
+                yield number, line
 
 
-def _json_rows(path: Path) -> Iterator[bytes]:
+def _json_rows(path: Path) -> Iterator[_Numbered]:
     try:
         rows = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"data: '{path}' is not json: {error}; one object a line is called .jsonl") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"data: '{path}' must be a list of objects with named fields; convert it to .jsonl")
-    yield from (json.dumps(row).encode() for row in rows)
+    yield from ((0, json.dumps(row).encode()) for row in rows)
 
 
 def _open_rows(path: Path) -> _Rows:
@@ -227,7 +255,7 @@ class TableReader:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = index if self._kept is None else int(self._kept[index])
-        key, fields = str(number), self._rows[number]
+        key, fields = Key(str(number), f"{self.name} {self._rows.place(number)}"), self._rows[number]
         images: list[tuple[str, bytes]] = []
         for column in self._image_columns:
             # An image inside the table is moved to the files: fields stay small.
@@ -247,7 +275,7 @@ class TableReader:
         if isinstance(cell, bytes | dict):
             return [("img", cell if isinstance(cell, bytes) else cell["bytes"])]
         if not cell or not isinstance(cell, str):
-            raise BadSample(key, f"no image path in column '{column}' of '{self.name}'")
+            raise BadSample(key, f"no image path in column '{column}'")
         try:
             extension = "npz" if cell.lower().endswith(".npz") else _extension(cell)
             return [(extension, (self._root / cell).read_bytes())]
@@ -337,7 +365,7 @@ class FolderReader:
         Raises:
             BadSample: If the image or its text cannot be read.
         """
-        key = os.fsdecode(self._names[index])
+        key = Key(os.fsdecode(self._names[index]), self.name)
         path = self._root / key
         caption = path.with_suffix(".txt")
         try:

@@ -187,7 +187,7 @@ def test_a_bad_sample_is_replaced_by_the_next_good_one(tokenizer, caplog):
     ids = [i for (batch,) in steps for i in batch.image_id.tolist()]
     assert ids[:SIZE] == [stable_hash(f"k{ {3: 5, 4: 5, 22: 0}.get(i, i) }") for i in range(SIZE)]
     assert ids[SIZE:] == ids[:SIZE] and len(steps) == 6
-    assert sorted(loader.bad) == ["k22", "k3", "k4"] and "not an image" in loader.bad["k3"]
+    assert sorted(loader.bad) == ["'k22'", "'k3'", "'k4'"] and "not an image" in loader.bad["'k3'"]
     assert caplog.text.count("bad sample 'k3'") == 1
     loader.report_bad()
     assert "3 samples were bad, of 46 read" in caplog.text
@@ -195,7 +195,7 @@ def test_a_bad_sample_is_replaced_by_the_next_good_one(tokenizer, caplog):
         parts = [make(tokenizer, reader, data=data, rank=r, world=2) for r in range(2)]
         found = samples(step for part in parts for step in part.steps(0, 46))
         assert found == samples(make(tokenizer, reader, data=lenient).steps(0, 46))
-        assert set().union(*(part.bad for part in parts)) == {"k3", "k4", "k22"}
+        assert set().union(*(part.bad for part in parts)) == {"'k3'", "'k4'", "'k22'"}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -203,7 +203,7 @@ def test_too_many_bad_samples_stop_the_run(tokenizer, workers):
     reader = MemoryReader(size=400, bad=tuple(range(100, 140)))
     loader = make(tokenizer, reader, data=config(workers=workers), shuffle=False)
     with pytest.raises(
-        ValueError, match=r"^data: \d+ of the \d+ samples read so far are bad, more than .*'k100' "
+        ValueError, match=r"^data: \d+ of the \d+ samples read so far are bad, more than .*'k100': "
     ) as caught:
         list(loader.steps(80, 400))
     assert "\n" not in str(caught.value) and "raise data.bad_samples" in str(caught.value)
@@ -242,7 +242,7 @@ def test_captions_are_drawn_and_empty_ones_dropped(tokenizer):
     loader = make(tokenizer, reader, shuffle=False, data=config(bad_samples=0.5))
     (batch,) = next(iter(loader.steps(0, 8)))
     assert batch.caption_id[0] == stable_hash("w1") and batch.image_id[1:3].tolist() == [stable_hash("k3")] * 2
-    assert set(loader.bad) == {"k1", "k2"} and "not Unicode" in loader.bad["k2"]
+    assert set(loader.bad) == {"'k1'", "'k2'"} and "not Unicode" in loader.bad["'k2'"]
 
 
 def test_images_are_mirrored_only_where_no_text_says_left(tokenizer):

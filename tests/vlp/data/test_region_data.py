@@ -244,6 +244,24 @@ def test_bad_arrays_are_named(change: dict[str, Any], reason: str) -> None:
         read_regions("0", {"npz": npz(found)}, LAYOUT)
 
 
+@pytest.mark.parametrize("form", ["shards", "csv", "jsonl"])
+def test_data_without_arrays_are_refused_once(tmp_path: Path, form: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Before anything is read in earnest, instead of a line for every sample."""
+    if form == "shards":
+        samples = [{"__key__": f"{n}", "npy": b"", "txt": f"thing {n}"} for n in range(SAMPLES)]
+        data, known = write_shards(samples, str(tmp_path / "%d.tar"))[0], "npy, txt"
+    else:
+        (tmp_path / "0.png").write_bytes(b"")
+        row = "image,caption\n" + "0.png,a thing\n" * SAMPLES
+        row = row if form == "csv" else '{"image": "0.png", "caption": "a thing"}\n' * SAMPLES
+        (tmp_path / f"data.{form}").write_text(row)
+        data, known = str(tmp_path / f"data.{form}"), "png, image, caption"
+    words = rf"^data\.train: .* no features in .* whose samples have {known}; store "
+    with pytest.raises(ValueError, match=words) as error:
+        batches(data)
+    assert "\n" not in str(error.value) and not caplog.records
+
+
 def test_a_broken_or_pickled_archive_is_a_bad_sample() -> None:
     with pytest.raises(BadSample, match="npz cannot be read"):
         read_regions("0", {"npz": b"PK broken"}, LAYOUT)
