@@ -333,7 +333,8 @@ class Results(dict[Pass, Any]):
 class Objective(nn.Module):
     """tokens -> loss. A subclass sets ``needs`` (and ``views``) in its constructor.
 
-    ``needs`` are the passes it reads, ``views`` how its text views are made. Its config says by class variables whether
+    ``needs`` are the passes it reads, ``without_gradient`` those of them (beside the teacher's) that it trains nothing
+    through, ``views`` how its text views are made. Its config says by class variables whether
     the contrastive projections get their gradient from it (``trains_embed``) and which sides of a fusion it reads
     (``reads``).
     """
@@ -352,6 +353,7 @@ class Objective(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.needs: frozenset[Pass] = frozenset()
+        self.without_gradient: frozenset[Pass] = frozenset()
         self.views: dict[str, View] = {}
         self.image_views: dict[str, ImageView] = {}
 

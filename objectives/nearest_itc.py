@@ -52,6 +52,7 @@ class NearestItc(Objective):
         self.config = config
         self.images, self.texts = config.passes
         self.needs = frozenset({*self.images, *self.texts})
+        self.without_gradient = frozenset(self.texts)  # of which their neighbours are compared
         self.views = config.views
         self.queue = VectorQueue(config.queue, width)
         self._new: dict[int, Tensor] = {}

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from objectives.base import Draw
 from vlp.config import configs_folder, list_recipes, load, restated
+from vlp.fit import untrained
 from vlp.model import Model, build_model
 from vlp.run import RunConfig, settle
 from vlp.show import meta_model, synthetic_batches
@@ -99,6 +100,7 @@ def test_two_steps_when_shrunk(recipe):
     run = shrink(resolved(recipe))
     model: Model = build_model(run.model, run.objectives, vocabulary_size=64, pretrained=False).train()
     freeze_parts(model, run.train.optim)  # LiT's towers
+    assert not untrained(model)
     optimizer = build_optimizer(model, run.train.optim)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step in range(2):

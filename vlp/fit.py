@@ -26,6 +26,23 @@ def misfits(model: Model, config: ModelConfig) -> list[str]:
     return [*found, *_unmade_texts(model), *_untied(model, needs), *_fused_passes(model, config)]
 
 
+def untrained(model: Model) -> list[str]:
+    """Return the towers that objectives read and none of them trains, a line each; frozen ones are meant to be so."""
+    objectives = dict(model.named_objectives())
+    gives = {one for o in objectives.values() for one in o.needs - o.without_gradient if not one.teacher}
+    read, trained = views(model.needs()), views(gives)
+    found = []
+    for modality in MODALITIES:
+        part, tower = ("vision", model.vision) if modality == "image" else ("text", model.text)
+        if read[modality] and not trained[modality] and any(one.requires_grad for one in tower.parameters()):
+            names = [name for name, one in objectives.items() if views(one.needs)[modality]]
+            found.append(
+                f"objectives {', '.join(names)} read {modality}s without gradient, so that nothing trains model.{part}"
+                f"; add itc, or keep the tower as it is with --train.optim.lr-scale.{part} 0"
+            )
+    return found
+
+
 def _names(model: Model) -> list[str]:
     return sorted(model.objectives)
 

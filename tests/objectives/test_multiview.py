@@ -17,8 +17,9 @@ from objectives import ItcConfig, MlmConfig, MultiviewItcConfig, NearestItcConfi
 from objectives.base import Draw, Embed, ViewText
 from objectives.multiview_itc import EditedView
 from objectives.queue import VectorQueue
+from vlp.fit import untrained
 from vlp.model import Model, build_model
-from vlp.train.optim import OptimConfig
+from vlp.train.optim import OptimConfig, freeze_parts
 from vlp.train.step import TrainStep
 
 IMAGES = [Embed("image", view) for view in ("clean", "again")]
@@ -97,6 +98,15 @@ def test_texts_join_the_queue_after_the_step():
     assert torch.equal(objective.queue.vectors[8:], before[8:]) and objective.queue.pointer.item() == 8
     found = model.eval().losses(batch, Draw(0))["nearest_itc"]  # now each text's nearest is itself
     assert found.loss.item() == pytest.approx(model.losses(batch, Draw(0))["nearest_itc"].loss.item())
+
+
+def test_neighbours_alone_train_no_text_tower():
+    """Which is refused before the first step, unless the tower is to stay as it is."""
+    alone = tiny_model("none", {"nearest_itc": NearestItcConfig(queue=12)})
+    (line,) = untrained(alone)
+    assert line.startswith("objectives nearest_itc read texts without gradient, so that nothing trains model.text; add")
+    freeze_parts(alone, OptimConfig(lr_scale={"text": 0.0}))
+    assert not untrained(alone) and not untrained(model_of())
 
 
 def test_the_queue_is_a_ring():

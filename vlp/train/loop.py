@@ -17,6 +17,7 @@ from objectives.base import Objective
 from objectives.collectives import rank, world_size
 from vlp.data.fetch import Prepare, pair_example
 from vlp.data.loader import Loader
+from vlp.fit import untrained
 from vlp.train.config import TrainConfig
 from vlp.train.evaluation import Evaluation, Verdict, evaluated
 from vlp.train.health import Watch, chance_levels
@@ -76,12 +77,14 @@ def train(
         rewrite: gives what each micro-batch is trained on (captions that the model wrote); None: itself.
 
     Raises:
-        ValueError: the data are unusable.
+        ValueError: the data are unusable, or a tower that is not frozen is trained by no objective.
         NonFiniteError: a loss or gradient was not finite; nothing was updated, the batch lies in the folder.
     """
     config = parts.run.train
     check_sample(config.sample, dict(parts.model.objectives.items()))  # type: ignore[arg-type]
     freeze_parts(parts.model, config.optim)
+    if problems := untrained(parts.model):
+        raise ValueError("; ".join(problems))
     if config.lora is not None:
         adapt(parts.model, config.lora, config.seed)
     model = wrap(parts.model.to(device).train(), config, device, leaves_out=bool(config.sample or parts.sources))
