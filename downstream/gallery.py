@@ -172,7 +172,15 @@ def open_gallery(
         model: whose images they are to be: of its size, or a detector's regions.
         bad: key -> reason of samples that cannot be used, filled on all ranks.
         texts: a sample without text is bad.
+
+    Raises:
+        ValueError: ``data.boxes`` is set: what a caption names is of its own image, and here each meets all others.
     """
+    if data.boxes is not None:
+        raise ValueError(
+            f"data.boxes {data.boxes!r}: a gallery compares every text with every image, and the boxes that a text "
+            "names are its own image's; compare whole images with --data.boxes none"
+        )
     own: dict[str, str] = {}
     found = []
     for one in read_samples(reader, data, own, images=False, texts=texts, indices=_own(len(reader))):

@@ -318,6 +318,13 @@ def test_rows_of_one_image_become_one_image_with_several_captions(tmp_path):
     assert any("2.5 captions an image" in note for note in result.notes)
 
 
+def test_boxes_that_captions_name_are_refused():
+    """Each text meets every image here, and its boxes are of one."""
+    data = DataConfig(boxes="named")
+    with pytest.raises(ValueError, match=r"^data\.boxes 'named': .* with --data\.boxes none$"):
+        open_gallery(None, data, None, None, {})  # which none of is looked at
+
+
 def test_adapt_keeps_what_retrieval_trains():
     run = SimpleNamespace(
         model=tiny_model("dual_stream", ("itc", "itm", "mlm", "lm")).config,

@@ -83,6 +83,9 @@ def validate(folder: Path, config: RunConfig, device: torch.device, command: str
     if (missing := task.lacks(loaded.model)) is not None:
         logger.warning("data.val is not scored: retrieval takes %s", missing)
         return None
+    if config.data.boxes is not None:
+        logger.warning("data.val is not scored: retrieval compares whole images, without data.boxes")
+        return None
     return result_table(task, evaluate_run(folder, loaded, config.data, task, command=command), title="data.val")
 
 
