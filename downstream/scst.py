@@ -32,7 +32,7 @@ from downstream.metrics.captioning import cider_d, document_frequencies
 from downstream.metrics.tokenize import tokenize
 from downstream.task import evaluating, image_key
 from encoders.types import Batch, Texts, Tokens
-from objectives import LmConfig, ObjectiveConfig
+from objectives import LmConfig, ObjectiveConfig, Seq2SeqMlmConfig
 from objectives.base import Draw, Encode
 from objectives.lm import Lm
 from vlp.config import Config, build
@@ -76,10 +76,14 @@ def settle_scst(run: R, pretrained: Mapping[str, ObjectiveConfig]) -> R:
         ValueError: other settings say what cannot be trained so.
     """
     known = pretrained.get("lm")
-    if run.model.decoder is None or not (isinstance(known, LmConfig) and known.memory == "image"):
+    memory = "beside" if run.model.decoder is None else "image"  # its fusion writes (GIT), or its decoder
+    if not (isinstance(known, LmConfig) and known.memory == memory):
+        masks = any(isinstance(one, Seq2SeqMlmConfig) for one in pretrained.values())
+        by_masks = "one that writes by masks reads each word in a pass of its own; " if masks else ""
+        how = " and with --objectives.lm '{}'" if masks else ""
         raise ValueError(
-            "task.scst improves on captions that a decoder over images writes, and the checkpoint has no such "
-            "(objective lm); first finetune captioning without task.scst"
+            "task.scst improves on captions that a decoder over images or a fusion writes left to right (objective "
+            f"lm), and the checkpoint has no such; {by_masks}first finetune captioning without task.scst{how}"
         )
     stated = run.objectives.get("lm", known)
     assert isinstance(stated, LmConfig)

@@ -160,7 +160,7 @@ class Lm(Objective):
         text = batch.texts[self.config.view]
         if text.owner is None:
             return float(text.ids.shape[0])
-        return float(batch.num_images if self.config.memory == "image" else batch.texts["clean"].ids.shape[0])
+        return float(batch.texts["clean"].ids.shape[0] if self.config.memory == "fused" else batch.num_images)
 
     def chance(self, candidates: int) -> float:
         return math.log(self.vocabulary_size)

@@ -220,12 +220,17 @@ class Step:
             raise ValueError("this model has no decoder; set model.decoder.kind causal and train objective lm")
         memory = memory_of(self.results[replace(name.memory, teacher=False)], self.model.decoder.config.memory)
         text = self.batch.texts[name.text]
-        index = self.batch.image_of_text if isinstance(name.memory, Encode) else None
-        if text.owner is not None:
-            index = text.owner if index is None else index.index_select(0, text.owner)
+        index = self._images_of(name.text) if isinstance(name.memory, Encode) else text.owner
         # The text encoder may be its lower half, whose pass then serves both.
         lower = {"lower": self._tower("text", name.text)} if isinstance(self.model.decoder, Multimodal) else {}
         return self.model.decoder(text, memory, index, layers=self.layers, **lower)
+
+    def _images_of(self, view: str) -> Tensor | None:
+        """The image of each text of a view, [T]; None: text i is of image i."""
+        index, owner = self.batch.image_of_text, getattr(self.batch.texts.get(view), "owner", None)
+        if owner is None or index is None:
+            return index if owner is None else owner
+        return index.index_select(0, owner)
 
     def _fuse(self, wanted: list[Fuse]) -> None:
         """Run all fuse passes, stacked where attention kind and sides agree."""
@@ -246,7 +251,7 @@ class Step:
         if name.rows is not None:
             rows = self.results.rows[name.rows]
             return _RowIndex(rows.image_index, rows.text_index, rows.everywhere)
-        return _RowIndex(self.batch.image_of_text, None)
+        return _RowIndex(self._images_of(name.text), None)
 
     def _fuse_group(self, group: list[Fuse], kind: AttentionKind) -> list[Fused]:
         assert self.model.fusion is not None

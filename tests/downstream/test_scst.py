@@ -10,20 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+from helpers import SIZES
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import vlp
+from downstream.captioning import CaptionSurvey
 from downstream.evaluate import open_data, parts_of
 from downstream.finetune import finetune, finetune_config, resume
 from downstream.metrics.captioning import cider_d, document_frequencies
 from downstream.metrics.tokenize import tokenize
-from downstream.scst import Scst, ScstConfig, scored_id
+from downstream.scst import Scst, ScstConfig, scored_id, settle_scst
 from downstream.task import batches, read_samples
+from encoders.types import Tokens
+from objectives import Seq2SeqMlmConfig
 from objectives.base import Draw, Encode
 from vlp.checkpoint.native import find_checkpoint
 from vlp.cli import main
 from vlp.data.reader import RawSample, Reader, decode_sample
+from vlp.generate import DecoderStepper, FusedStepper
+from vlp.model import Model
 from vlp.train.log import read_metrics
 
 CPU = torch.device("cpu")
@@ -44,11 +50,36 @@ def score(caption: str, references: tuple[str, ...], df: tuple) -> float:
     return cider_d([tokenize(caption)], [[tokenize(one) for one in references]], df)[1][0]
 
 
-@pytest.mark.parametrize("baseline", ["others", "greedy"])
-def test_gradient_is_the_definition(tmp_path: Path, baseline: str) -> None:
-    loaded = vlp.load(toys.checkpoint(tmp_path, {"lm": {"mean": "texts"}}, fusion={"kind": "none"}))
+def toy(folder: Path, writes: str) -> Path:
+    """A checkpoint whose decoder writes, or whose fusion does (GIT)."""
+    if writes == "decoder":
+        return toys.checkpoint(folder, {"lm": {"mean": "texts"}}, fusion={"kind": "none"})
+    text, fusion = {**SIZES, "layers": 0, "max_length": 24}, {"kind": "single_stream", **SIZES}
+    lm = {"lm": {"mean": "texts", "memory": "beside"}}
+    return toys.checkpoint(folder, lm, text=text, fusion=fusion, decoder=None)
+
+
+def likelihoods(model: Model, memory: Tokens, image: int, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each of the ids [L] behind the first, [L - 1], word by word as generation reads them."""
+    head, rows = model.objectives["lm"].head, torch.tensor([image])
+    which = (FusedStepper, model) if model.decoder is None else (DecoderStepper, model.decoder)
+    stepper = which[0](which[1], head, memory, rows, use_cache=False)
+    logits = torch.cat([stepper.step(one[None, None]) for one in ids[:-1]])
+    return F.log_softmax(logits, -1).gather(1, ids[1:, None])
+
+
+@pytest.mark.parametrize(
+    ("baseline", "writes"), [("others", "decoder"), ("greedy", "decoder"), ("others", "fusion"), ("greedy", "fusion")]
+)
+def test_gradient_is_the_definition(tmp_path: Path, baseline: str, writes: str) -> None:
+    loaded = vlp.load(toy(tmp_path, writes))
     table = toys.caption_table(tmp_path)
-    run = finetune_config(loaded, "toy", setting(table, 8))
+    run = finetune_config(loaded, "toy", setting(table, 8, scst={}))
+    adapted, lm = (
+        run.task.adapt(run, loaded.config.objectives, CaptionSurvey("a", 1, 1)),
+        loaded.config.objectives["lm"],
+    )
+    assert (adapted.objectives, adapted.model.decoder) == ({"lm": lm}, loaded.config.model.decoder)
     parts = parts_of(loaded, run.data)
     reader = open_data(run.data, "train")
     model = parts.model.eval().requires_grad_(True)
@@ -81,10 +112,8 @@ def test_gradient_is_the_definition(tmp_path: Path, baseline: str) -> None:
         rewards, baselines = rewards + reward, baselines + base
         memory = model.run([Encode("image")], batch)[Encode("image")]
         for i, one in enumerate(ids):
-            texts = type(text)(one[None], torch.ones(1, len(one), dtype=torch.bool), attention="causal")
-            states = model.decoder(texts, memory, torch.tensor([b])).states
-            likely = F.log_softmax(model.objectives["lm"].head(states[0, :-1]), -1)
-            total = total - (reward[i] - base[i]) * likely.gather(1, one[1:, None]).sum() / 3 / len(group)
+            likely = likelihoods(model, memory, b, one)
+            total = total - (reward[i] - base[i]) * likely.sum() / 3 / len(group)
     torch.testing.assert_close(loss, total, atol=1e-4, rtol=1e-4)
     assert told["lm/reward"].item() == pytest.approx(sum(rewards) / 24, abs=1e-5)
     assert told["lm/baseline"].item() == pytest.approx(sum(baselines) / 24, abs=1e-5)
@@ -127,8 +156,13 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="samples 1 has no others"):
         ScstConfig(samples=1)
     loaded = vlp.load(toys.checkpoint(tmp_path, ("itc", "itm")))
-    with pytest.raises(ValueError, match=r"^task.scst improves on captions that a decoder over images writes.*$"):
+    with pytest.raises(ValueError, match=r"^task.scst improves on captions that a decoder .*$"):
         finetune(finetune_config(loaded, "toy", setting(table, 8, scst={})), loaded, tmp_path / "a", CPU)
+    run = finetune_config(loaded, "toy", setting(table, 8, scst={}))
+    with pytest.raises(
+        ValueError, match=r"^task.scst .*writes by masks reads each word in a pass.*--objectives.lm '{}'$"
+    ):
+        settle_scst(run, {"seq2seq_mlm": Seq2SeqMlmConfig()})
     written = vlp.load(toys.checkpoint(tmp_path, ("lm",), fusion={"kind": "none"}))
     several = finetune_config(written, "toy", setting(table, 8, scst={}), {"data": {"texts_per_image": 2}})
     with pytest.raises(ValueError, match=r"^data.texts_per_image 2 with task.scst.*$"):
