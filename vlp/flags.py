@@ -190,10 +190,11 @@ def _beside(tree: Tree[Any], parts: Sequence[str], at: int, fields: Iterable[str
     return []
 
 
-def _closest(word: str, names: Iterable[str], cutoff: float = 0.75) -> list[str]:
+def _closest(word: str, names: Iterable[str], cutoff: float = 0.8) -> list[str]:
     """The name most like a word, one of the same letters first: letters that changed places are the commonest slip."""
-    near = difflib.get_close_matches(word, sorted(names), n=3, cutoff=cutoff)
-    return ([name for name in near if sorted(name) == sorted(word)] or near)[:1]
+    names = sorted(names)
+    swapped = [name for name in difflib.get_close_matches(word, names) if sorted(name) == sorted(word)]
+    return swapped[:1] or difflib.get_close_matches(word, names, n=1, cutoff=cutoff)
 
 
 def _value(slot: Slot, words: Sequence[str], path: tuple[str, ...]) -> Any:
