@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -35,11 +35,11 @@ from downstream.task import (
     read_samples,
     seen_samples,
 )
-from downstream.writing import decoder_beside
+from downstream.writing import Answered, answers_instructions, decoder_beside, fused_writer, instructed_lm
 from encoders import TextConfig
 from encoders.types import Batch
 from objectives import LmConfig, ObjectiveConfig, Seq2SeqMlmConfig
-from objectives.base import Encode
+from objectives.base import Encode, Fuse
 from objectives.lm import Lm
 from vlp.config import build
 from vlp.data.fetch import Prepare, pair_example
@@ -49,6 +49,7 @@ from vlp.fusion import NoFusionConfig
 from vlp.generate import GenerationConfig, generate_text, room_of, trim
 from vlp.generate_masked import generate_masked, masked_writer
 from vlp.model import Model
+from vlp.passes import memory_of
 
 if TYPE_CHECKING:
     from vlp.run import Parts, RunConfig
@@ -89,6 +90,8 @@ class CaptioningConfig(TaskConfig):
     """Training images that the nearest-neighbour floor looks through; 0 = no such floor."""
     neighbours_by: str | None = None
     """Checkpoint by whose image embeddings it looks, beside pixels."""
+    ask: str = " what does the image describe?"
+    """What the encoder is asked where all that a checkpoint does is answers to instructions (OFA)."""
     scst: ScstConfig | None = None
     """Train on captions that the model draws, each by its CIDEr-D (self-critical sequence training); none = on the
     data's."""
@@ -117,8 +120,8 @@ class CaptioningConfig(TaskConfig):
         """Train the decoder on the image tokens; fusion and text blocks, which nothing else reads, are left out.
 
         Where the user states further objectives (``--objectives.itm {}``), these keep the parts that they need. A
-        checkpoint that writes by masks (BEiT-3's seq2seq_mlm) goes on so, unless lm is stated; one that writes with its
-        fusion (GIT's lm of memory beside) does too.
+        checkpoint that writes by masks (BEiT-3's seq2seq_mlm) goes on so, unless lm is stated; ones that write with the
+        fusion (GIT's lm of memory beside) or answer instructions (OFA) do too.
         """
         if self.scst is not None:
             return self._adapt(settle_scst(run, pretrained), pretrained)
@@ -131,6 +134,9 @@ class CaptioningConfig(TaskConfig):
             model = model.model_copy(update={"decoder": None})
             return run.model_copy(update={"model": model, "objectives": by_masks | objectives})
         known = pretrained.get("lm")
+        if answers_instructions(model):
+            objectives["lm"] = instructed_lm(known, objectives.get("lm"))
+            return run.model_copy(update={"objectives": objectives})
         if model.decoder is None and isinstance(known, LmConfig) and known.memory == "beside":
             stated = objectives.get("lm", known).model_copy(update={"memory": "beside", "view": known.view})
             return run.model_copy(update={"objectives": objectives | {"lm": stated}})
@@ -150,7 +156,9 @@ class CaptioningConfig(TaskConfig):
         return run.model_copy(update={"model": model.model_copy(update=changes), "objectives": objectives})
 
     def prepare(self, run: RunConfig) -> Prepare:
-        """Return image and one of its captions, drawn anew each time."""
+        """Return image and one of its captions, drawn anew each time; as an answer where that is how it is written."""
+        if answers_instructions(run.model):
+            return Answered(self.ask)
         return pair_example if self.scst is None else ScoredExample(run.data)
 
     def rewrite(self, parts: Parts, survey: CaptionSurvey) -> Rewrite | None:
@@ -261,6 +269,8 @@ class CaptioningConfig(TaskConfig):
             raise ValueError(
                 f"task captioning: this model lacks {missing}; finetune it with vlp finetune captioning first"
             )
+        if answers_instructions(model.config):
+            samples = (replace(one, sample=replace(one.sample, texts=(self.ask,))) for one in samples)
         for group, batch in batches(parts, samples, self.batch):
             with evaluating(model):
                 ids, scores = self._write(parts, batch)
@@ -279,7 +289,10 @@ class CaptioningConfig(TaskConfig):
         if writer is None:
             found = generate_masked(model, batch.images["clean"], words, generation)
             return trim(found.ids, 1, words.sep), found.scores
-        memory = model.run([Encode("image")], batch)[Encode("image")]
+        if answers_instructions(model.config):
+            memory = memory_of(model.run([Fuse()], batch)[Fuse()], "both")
+        else:
+            memory = model.run([Encode("image")], batch)[Encode("image")]
         return generate_text(model, memory, words, generation, objective=writer)
 
     def _notes(self, references: Mapping[str, Sequence[str]], survey: CaptionSurvey | None) -> tuple[str, ...]:
@@ -298,6 +311,8 @@ class CaptioningConfig(TaskConfig):
 
 def _writer(model: Model) -> str | None:
     """Name of the objective whose head writes captions, with the decoder or, where there is none, the fusion."""
+    if answers_instructions(model.config):
+        return fused_writer(model)
     memory = "beside" if model.decoder is None else "image"
     return next((n for n, one in model.objectives.items() if isinstance(one, Lm) and one.config.memory == memory), None)
 

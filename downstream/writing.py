@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from encoders import TextConfig
 from encoders.text import BesideConfig
 from objectives import LmConfig, ObjectiveConfig
 from objectives.lm import Lm
+from vlp.data.asking import ANSWER
+from vlp.data.batch import Example
+from vlp.data.fetch import pair_example
+from vlp.data.reader import Sample
 from vlp.decoder import DecoderConfig
 from vlp.model import Model, ModelConfig
 
@@ -42,6 +50,36 @@ def writing(
     lm = stated.model_copy(update={"memory": "fused", "view": view})
     decoder = (model.decoder or decoder_beside(model)).model_copy(update={"memory": "text"})
     return model.model_copy(update={"decoder": decoder}), {**objectives, "lm": lm}
+
+
+def answers_instructions(model: ModelConfig) -> bool:
+    """Whether all that a model writes are answers to what its encoder is asked beside the image (OFA).
+
+    Its decoder reads the places of image and text apart from their content, so that it can read nothing but both.
+    """
+    return isinstance(model.decoder, DecoderConfig) and model.decoder.untied is not None
+
+
+def instructed_lm(known: ObjectiveConfig | None, stated: ObjectiveConfig | None) -> LmConfig:
+    """Return the objective that trains such a model: the checkpoint's, with what is stated unlike the defaults."""
+    own, plain = known if isinstance(known, LmConfig) else LmConfig(), LmConfig()
+    changes: dict[str, Any] = {"memory": "fused", "view": ANSWER}
+    if isinstance(stated, LmConfig):
+        given = {name: getattr(stated, name) for name in LmConfig.model_fields}
+        changes = {n: value for n, value in given.items() if value != getattr(plain, n)} | changes
+    return own.model_copy(update=changes)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Sample -> its image, what is asked of it, and one of its captions to be written, drawn anew each time."""
+
+    ask: str
+
+    def __call__(self, sample: Sample, generator: np.random.Generator) -> Example:
+        pair = pair_example(sample, generator)
+        # Texts begin with a space, as in OFA's training.
+        return replace(pair, text=self.ask, other_texts={ANSWER: f" {pair.text}"})
 
 
 def fused_writer(model: Model) -> str | None:

@@ -18,6 +18,8 @@ from downstream.metrics.captioning import caption_metrics
 from downstream.metrics.java import java_metrics
 from downstream.nlvr2 import Nlvr2Config
 from downstream.translation import TranslationConfig
+from encoders.types import Batch, Texts
+from objectives.base import Decode, Fuse
 from vlp.data.loader import DataConfig
 from vlp.data.reader import open_reader
 
@@ -126,6 +128,47 @@ def test_a_fusion_that_writes_itself_captions_and_goes_on_so(tmp_path):
     run = finetune_config(loaded, "x", settings(table))
     adapted = run.task.adapt(run, loaded.config.objectives, CaptionSurvey("a", 1, 1))
     assert adapted.model == run.model and adapted.objectives["lm"].memory == "beside"
+
+
+def test_what_answers_instructions_is_asked_for_captions(tmp_path):
+    """OFA: the encoder reads image and question, the decoder writes the caption."""
+    stack = {**SIZES, "norm": "pre", "normformer": True}
+    untied = {"length": 24, "buckets": 6, "side": 5}
+    parts = {
+        "vision": {"model": "vit_tiny_patch16_224", "image_size": 16, "patch_size": 4, "width": 32, "depth": 0}
+        | {"heads": 4, "class_token": False},
+        "text": {**stack, "layers": 0, "max_length": 24, "absolute_positions": False},
+        "fusion": {"kind": "single_stream", **stack, "untied": untied},
+        "decoder": {"kind": "causal", **stack, "untied": untied, "memory": "both", "share": "words"},
+    }
+    lm = {"memory": "fused", "view": "lm:answer", "head": "bare"}
+    folder = toys.checkpoint(tmp_path, {"lm": lm}, ["what does the image describe?"], **parts)
+    loaded, table = vlp.load(folder), toys.caption_table(tmp_path)
+    flags = {"objectives": {"lm": {"label_smoothing": 0.1}}, "tune": {"probe": None}}
+    flags["train"] = TRAIN | {"samples": 480, "optim": {"lr": 3e-3, "warmup": 0, "weight_decay": 0.0}}
+    run = finetune_config(loaded, "toy", settings(table, java=(), generation={"method": "greedy"}) | flags)
+    adapted = run.task.adapt(run, loaded.config.objectives, CaptionSurvey("a", 1, 1))
+    trained = adapted.objectives["lm"]
+    assert adapted.model == run.model and (trained.head, trained.label_smoothing) == ("bare", 0.1)
+    done = finetune(run, loaded, tmp_path / "run", CPU)
+    assert done.lacked is None and not done.transfer.missing and not done.transfer.unexpected
+    assert done.after.metrics["CIDEr-D"] > done.before.metrics["CIDEr-D"] + 1
+
+    again, reader = vlp.load(tmp_path / "run"), open_reader(str(table))
+    parts = parts_of(again, run.data)
+    rows = run.task.evaluate(parts, reader).predictions
+    assert [row["caption"] for row in rows] == [row["caption"] for row in done.after.predictions]
+    words = "what does the image describe?", rows[0]["caption"]
+    ids = [torch.tensor(again.tokenizer.encode(one, 24)[0])[None] for one in words]
+    asked, said = (Texts(one, torch.ones_like(one, dtype=torch.bool)) for one in ids)
+    pixels = again._pixels([tmp_path / rows[0]["image"].split(":")[-1]])
+    wanted = Decode(Fuse(), "lm:answer")
+    batch = Batch({"clean": pixels}, {"clean": asked, "lm:answer": replace(said, attention="causal")})
+    logits = again.model.objectives["lm"].head(again.model.run([wanted], batch)[wanted].states[0, :-1])
+    likely = logits.log_softmax(-1).gather(1, said.ids[0, 1:, None])
+    assert rows[0]["score"] == pytest.approx(likely.mean().item(), abs=1e-4)
+    other = run.task.model_copy(update={"ask": " is it red?"}).evaluate(parts, reader).predictions
+    assert other[0]["score"] != rows[0]["score"], "the question is read"
 
 
 def test_java_runs_before_and_after_training_alone(tmp_path, monkeypatch):
