@@ -35,13 +35,14 @@ from downstream.task import (
     read_samples,
     seen_samples,
 )
-from downstream.writing import Answered, answers_instructions, decoder_beside, fused_writer, instructed_lm
+from downstream.writing import Answered, answers_instructions, decoder_beside, fused_writer, stated_lm
 from encoders import TextConfig
 from encoders.types import Batch
 from objectives import LmConfig, ObjectiveConfig, Seq2SeqMlmConfig
 from objectives.base import Encode, Fuse
 from objectives.lm import Lm
 from vlp.config import build
+from vlp.data.asking import ANSWER
 from vlp.data.fetch import Prepare, pair_example
 from vlp.data.loader import DataConfig
 from vlp.data.reader import Reader
@@ -135,14 +136,14 @@ class CaptioningConfig(TaskConfig):
             return run.model_copy(update={"model": model, "objectives": by_masks | objectives})
         known = pretrained.get("lm")
         if answers_instructions(model):
-            objectives["lm"] = instructed_lm(known, objectives.get("lm"))
+            lm = stated_lm(objectives, pretrained, "fused").model_copy(update={"memory": "fused", "view": ANSWER})
+            objectives["lm"] = lm
             return run.model_copy(update={"objectives": objectives})
         if model.decoder is None and isinstance(known, LmConfig) and known.memory == "beside":
-            stated = objectives.get("lm", known).model_copy(update={"memory": "beside", "view": known.view})
-            return run.model_copy(update={"objectives": objectives | {"lm": stated}})
-        if not (isinstance(known, LmConfig) and known.memory == "image"):
-            known = LmConfig()
-        objectives["lm"] = objectives.get("lm", known).model_copy(update={"memory": "image", "view": "causal"})
+            lm = stated_lm(objectives, pretrained, "beside").model_copy(update={"memory": "beside", "view": known.view})
+            return run.model_copy(update={"objectives": objectives | {"lm": lm}})
+        lm = stated_lm(objectives, pretrained, "image").model_copy(update={"memory": "image", "view": "causal"})
+        objectives["lm"] = lm
         decoder = (model.decoder or decoder_beside(model)).model_copy(update={"memory": "image"})
         changes: dict[str, Any] = {"decoder": decoder}
         if len(objectives) == 1:

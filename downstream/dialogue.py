@@ -126,7 +126,7 @@ class DialogueConfig(TaskConfig):
         """Train matching of true and false answers, or writing of the true one."""
         objectives, model = dict(run.objectives), run.model
         if self.generative:
-            model, objectives = writing(model, objectives, ANSWER)
+            model, objectives = writing(model, objectives, pretrained, ANSWER)
         else:
             known = next((one for one in pretrained.values() if isinstance(one, ItmConfig)), ItmConfig())
             stated = objectives.get("itm", known)

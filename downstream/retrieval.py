@@ -86,7 +86,7 @@ class RetrievalConfig(TaskConfig):
         for name, one in objectives.items():
             if isinstance(one, ItmConfig):  # the ramp is for training from scratch
                 objectives[name] = one.model_copy(update={"random_until": 0, "hard_from": 0})
-        objectives |= run.objectives
+        objectives |= {name: one.over(objectives.get(name)) for name, one in run.objectives.items()}
         if not any(isinstance(one, wanted) for one in objectives.values()):
             objectives["itc"] = ItcConfig()
         if fused and not any(isinstance(one, ItmConfig | RankConfig) for one in objectives.values()):

@@ -31,6 +31,7 @@ from torch import Tensor
 from downstream.metrics.captioning import cider_d, document_frequencies
 from downstream.metrics.tokenize import tokenize
 from downstream.task import evaluating, image_key
+from downstream.writing import stated_lm
 from encoders.types import Batch, Texts, Tokens
 from objectives import LmConfig, ObjectiveConfig, Seq2SeqMlmConfig
 from objectives.base import Draw, Encode
@@ -85,8 +86,7 @@ def settle_scst(run: R, pretrained: Mapping[str, ObjectiveConfig]) -> R:
             "task.scst improves on captions that a decoder over images or a fusion writes left to right (objective "
             f"lm), and the checkpoint has no such; {by_masks}first finetune captioning without task.scst{how}"
         )
-    stated = run.objectives.get("lm", known)
-    assert isinstance(stated, LmConfig)
+    stated = stated_lm(run.objectives, pretrained, memory)
     given = {name: value for name in ("label_smoothing", "distill") if (value := getattr(stated, name))}
     for name, value in given.items():
         logger.info("objectives.lm.%s %s is for given captions; draws are trained without it (task.scst)", name, value)

@@ -126,7 +126,7 @@ class TranslationConfig(TaskConfig):
 
     def adapt(self, run: R, pretrained: Mapping[str, ObjectiveConfig], survey: TranslationSurvey) -> R:
         """Train the decoder to write the translation from the fused source sentence."""
-        model, objectives = writing(run.model, run.objectives, WRITTEN)
+        model, objectives = writing(run.model, run.objectives, pretrained, WRITTEN)
         return run.model_copy(update={"model": model, "objectives": objectives})
 
     def prepare(self, run: RunConfig) -> Prepare:

@@ -140,7 +140,7 @@ class VqaConfig(TaskConfig):
         """Replace the pretraining objectives by an answer head or decoder; a fitting head of the checkpoint stays."""
         objectives, model = dict(run.objectives), run.model
         if self.head in ("open", "ranked"):
-            model, objectives = writing(model, objectives, ANSWER)
+            model, objectives = writing(model, objectives, pretrained, ANSWER)
         else:
             answer = objectives.get("answer", pretrained.get("answer", AnswerConfig()))
             assert isinstance(answer, AnswerConfig)

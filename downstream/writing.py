@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -37,19 +36,31 @@ def decoder_beside(model: ModelConfig) -> DecoderConfig:
 
 
 def writing(
-    model: ModelConfig, objectives: Mapping[str, ObjectiveConfig], view: str
+    model: ModelConfig, objectives: Mapping[str, ObjectiveConfig], pretrained: Mapping[str, ObjectiveConfig], view: str
 ) -> tuple[ModelConfig, dict[str, ObjectiveConfig]]:
     """Return a model with a decoder that reads fused texts, and the objectives with one that trains it.
 
     Args:
         model: its own decoder stays, if it has one.
         objectives: what the user stated, the settings of ``lm`` among them.
+        pretrained: the checkpoint's, whose own ``lm`` stays where it reads fused texts.
         view: the text view that is written.
     """
-    stated = objectives.get("lm", LmConfig())
-    lm = stated.model_copy(update={"memory": "fused", "view": view})
+    lm = stated_lm(objectives, pretrained, "fused").model_copy(update={"memory": "fused", "view": view})
     decoder = (model.decoder or decoder_beside(model)).model_copy(update={"memory": "text"})
     return model.model_copy(update={"decoder": decoder}), {**objectives, "lm": lm}
+
+
+def stated_lm(
+    objectives: Mapping[str, ObjectiveConfig], pretrained: Mapping[str, ObjectiveConfig], memory: str
+) -> LmConfig:
+    """Return ``lm`` as the user states it, over the checkpoint's own where that reads this memory.
+
+    Else a word of a recipe, as label_smoothing, would put the default head in place of the checkpoint's.
+    """
+    known, stated = pretrained.get("lm"), objectives.get("lm", LmConfig())
+    assert isinstance(stated, LmConfig)
+    return stated.over(known) if isinstance(known, LmConfig) and known.memory == memory else stated
 
 
 def answers_instructions(model: ModelConfig) -> bool:
@@ -58,16 +69,6 @@ def answers_instructions(model: ModelConfig) -> bool:
     Its decoder reads the places of image and text apart from their content, so that it can read nothing but both.
     """
     return isinstance(model.decoder, DecoderConfig) and model.decoder.untied is not None
-
-
-def instructed_lm(known: ObjectiveConfig | None, stated: ObjectiveConfig | None) -> LmConfig:
-    """Return the objective that trains such a model: the checkpoint's, with what is stated unlike the defaults."""
-    own, plain = known if isinstance(known, LmConfig) else LmConfig(), LmConfig()
-    changes: dict[str, Any] = {"memory": "fused", "view": ANSWER}
-    if isinstance(stated, LmConfig):
-        given = {name: getattr(stated, name) for name in LmConfig.model_fields}
-        changes = {n: value for n, value in given.items() if value != getattr(plain, n)} | changes
-    return own.model_copy(update=changes)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -65,6 +65,13 @@ class Config(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="constants", validate_default=True
     )
+
+    def over(self, below: "Config | None") -> Self:
+        """Return ``below`` with all that this has unlike its defaults; this itself where that is of another class."""
+        if type(below) is not type(self):
+            return self
+        plain = {name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()}
+        return below.model_copy(update={n: getattr(self, n) for n, value in plain.items() if getattr(self, n) != value})
 
 
 C = TypeVar("C", bound=Config)
