@@ -46,6 +46,7 @@ from vlp.data.asking import ANSWER
 from vlp.data.fetch import Prepare, pair_example
 from vlp.data.loader import DataConfig
 from vlp.data.reader import Reader
+from vlp.data.records import place_of
 from vlp.fusion import NoFusionConfig
 from vlp.generate import GenerationConfig, generate_text, room_of, trim
 from vlp.generate_masked import generate_masked, masked_writer
@@ -261,7 +262,7 @@ class CaptioningConfig(TaskConfig):
         bad: dict[str, str] = {}
         yield from self._captions(parts, seen_samples(parts, reader, bad, texts=False))
         for key, reason in bad.items():
-            logger.warning("%s: no caption, %s", key, reason)
+            logger.warning("%s%s: no caption, %s", key, place_of(key), reason)
 
     def _captions(self, parts: Parts, samples: Iterator[EvalSample]) -> Iterator[dict[str, Any]]:
         """One row a sample, in order."""
