@@ -35,14 +35,14 @@ from downstream.task import (
     read_samples,
     seen_samples,
 )
-from downstream.writing import Answered, answers_instructions, decoder_beside, fused_writer, stated_lm
+from downstream.writing import Answered, decoder_beside, fused_writer, stated_lm
 from encoders import TextConfig
 from encoders.types import Batch
 from objectives import LmConfig, ObjectiveConfig, Seq2SeqMlmConfig
 from objectives.base import Encode, Fuse
 from objectives.lm import Lm
 from vlp.config import build
-from vlp.data.asking import ANSWER
+from vlp.data.asking import ANSWER, DESCRIBE
 from vlp.data.fetch import Prepare, pair_example
 from vlp.data.loader import DataConfig
 from vlp.data.reader import Reader
@@ -92,7 +92,7 @@ class CaptioningConfig(TaskConfig):
     """Training images that the nearest-neighbour floor looks through; 0 = no such floor."""
     neighbours_by: str | None = None
     """Checkpoint by whose image embeddings it looks, beside pixels."""
-    ask: str = " what does the image describe?"
+    ask: str = DESCRIBE
     """What the encoder is asked where all that a checkpoint does is answers to instructions (OFA)."""
     scst: ScstConfig | None = None
     """Train on captions that the model draws, each by its CIDEr-D (self-critical sequence training); none = on the
@@ -136,7 +136,7 @@ class CaptioningConfig(TaskConfig):
             model = model.model_copy(update={"decoder": None})
             return run.model_copy(update={"model": model, "objectives": by_masks | objectives})
         known = pretrained.get("lm")
-        if answers_instructions(model):
+        if getattr(model.decoder, "answers_instructions", False):
             lm = stated_lm(objectives, pretrained, "fused").model_copy(update={"memory": "fused", "view": ANSWER})
             objectives["lm"] = lm
             return run.model_copy(update={"objectives": objectives})
@@ -159,7 +159,7 @@ class CaptioningConfig(TaskConfig):
 
     def prepare(self, run: RunConfig) -> Prepare:
         """Return image and one of its captions, drawn anew each time; as an answer where that is how it is written."""
-        if answers_instructions(run.model):
+        if getattr(run.model.decoder, "answers_instructions", False):
             return Answered(self.ask)
         return pair_example if self.scst is None else ScoredExample(run.data)
 
@@ -271,7 +271,7 @@ class CaptioningConfig(TaskConfig):
             raise ValueError(
                 f"task captioning: this model lacks {missing}; finetune it with vlp finetune captioning first"
             )
-        if answers_instructions(model.config):
+        if getattr(model.config.decoder, "answers_instructions", False):
             samples = (replace(one, sample=replace(one.sample, texts=(self.ask,))) for one in samples)
         for group, batch in batches(parts, samples, self.batch):
             with evaluating(model):
@@ -291,7 +291,7 @@ class CaptioningConfig(TaskConfig):
         if writer is None:
             found = generate_masked(model, batch.images["clean"], words, generation)
             return trim(found.ids, 1, words.sep), found.scores
-        if answers_instructions(model.config):
+        if getattr(model.config.decoder, "answers_instructions", False):
             memory = memory_of(model.run([Fuse()], batch)[Fuse()], "both")
         else:
             memory = model.run([Encode("image")], batch)[Encode("image")]
@@ -313,7 +313,7 @@ class CaptioningConfig(TaskConfig):
 
 def _writer(model: Model) -> str | None:
     """Name of the objective whose head writes captions, with the decoder or, where there is none, the fusion."""
-    if answers_instructions(model.config):
+    if getattr(model.config.decoder, "answers_instructions", False):
         return fused_writer(model)
     memory = "beside" if model.decoder is None else "image"
     return next((n for n, one in model.objectives.items() if isinstance(one, Lm) and one.config.memory == memory), None)

@@ -28,9 +28,10 @@ from downstream.evaluate import weights_hash
 from downstream.gallery import Gallery, embed_images, embed_texts, open_gallery
 from downstream.metrics.retrieval import topk_chunked
 from encoders.types import Modality
+from vlp.data.decode import AnyImage
 from vlp.data.reader import Reader, open_reader
 from vlp.data.records import IMAGE_EXTENSIONS, place_of
-from vlp.loaded import AnyImage, Loaded
+from vlp.loaded import Loaded
 
 logger = logging.getLogger(__name__)
 

@@ -63,14 +63,6 @@ def stated_lm(
     return stated.over(known) if isinstance(known, LmConfig) and known.memory == memory else stated
 
 
-def answers_instructions(model: ModelConfig) -> bool:
-    """Whether all that a model writes are answers to what its encoder is asked beside the image (OFA).
-
-    Its decoder reads the places of image and text apart from their content, so that it can read nothing but both.
-    """
-    return isinstance(model.decoder, DecoderConfig) and model.decoder.untied is not None
-
-
 @dataclass(frozen=True)
 class Answered:
     """Sample -> its image, what is asked of it, and one of its captions to be written, drawn anew each time."""

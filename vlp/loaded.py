@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -23,9 +23,9 @@ from objectives.itm import Itm
 from objectives.lm import Lm
 from objectives.rank import Rank
 from vlp.config import build
-from vlp.data.asking import prefixed
+from vlp.data.asking import DESCRIBE, prefixed
 from vlp.data.batch import pad_texts
-from vlp.data.decode import decode_image, rgb_tensor
+from vlp.data.decode import AnyImage, read_image
 from vlp.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
 from vlp.data.transforms import EvalTransform, pad_images
 from vlp.generate import GenerationConfig, generate_text, room_of, trim
@@ -37,9 +37,6 @@ from vlp.rank import answer_texts, rank_answers
 if TYPE_CHECKING:
     from vlp.checkpoint.load import LoadedConfig
     from vlp.checkpoint.native import LoadReport
-
-AnyImage: TypeAlias = Image.Image | str | Path
-"""A Pillow image of any mode, or the path of an image file."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +176,12 @@ class Loaded:
         found: list[str] = []
         for part in _pairs(images, questions, "questions", batch_size):
             with torch.inference_mode():
-                fused = self._run([Fuse()], *part)[Fuse()]
                 if choose is not None and answers is None:
-                    found += [choose.config.answers[best] for best in choose.scores(fused.pooled).argmax(1).tolist()]
+                    pooled = self._run([Fuse()], *part)[Fuse()].pooled
+                    found += [choose.config.answers[best] for best in choose.scores(pooled).argmax(1).tolist()]
                     continue
-                assert write is not None and self.model.decoder is not None
-                memory = memory_of(fused, self.model.decoder.config.memory)
+                assert write is not None
+                memory = self._memory(*part)
                 if answers is None or given is None:
                     found += self._write(write, memory, {})
                 else:
@@ -195,6 +192,8 @@ class Loaded:
     def caption(self, images: Sequence[AnyImage], *, batch_size: int = 32, **generation: Any) -> list[str]:
         """Write a caption of each image; ``generation`` are fields of `GenerationConfig` (``method="beam"``)."""
         write, by_masks = self._writer("image"), masked_writer(self.model) is not None
+        asked = write is None and getattr(self.model.config.decoder, "answers_instructions", False)  # OFA
+        write = self._writer("fused") if asked else write
         if write is None and not by_masks:
             raise ValueError(
                 f"this checkpoint cannot write captions ({self._objectives}); train it with "
@@ -202,11 +201,12 @@ class Loaded:
             )
         found: list[str] = []
         for part in _parts(images, "images", batch_size):
+            question = [DESCRIBE] * len(part) if asked else None
             with torch.inference_mode():
-                if write is None:
-                    found += self._write_by_masks(part, generation)
+                if write is not None:
+                    found += self._write(write, self._memory(part, question), generation)
                 else:
-                    found += self._write(write, self._run([Encode("image")], part, None)[Encode("image")], generation)
+                    found += self._write_by_masks(part, generation)
         return found
 
     def classify(
@@ -248,6 +248,13 @@ class Loaded:
         writers = {name: one for name, one in self.model.objectives.items() if isinstance(one, Lm)}
         wanted = {memory, "beside"} if memory == "image" else {memory}
         return next((name for name, one in writers.items() if one.config.memory in wanted), None)
+
+    def _memory(self, images: Sequence[AnyImage], questions: Sequence[str] | None) -> Tokens:
+        """What a decoder reads: images, or images fused with questions."""
+        if questions is None:
+            return self._run([Encode("image")], images, None)[Encode("image")]
+        assert self.model.decoder is not None
+        return memory_of(self._run([Fuse()], images, questions)[Fuse()], self.model.decoder.config.memory)
 
     def _write(self, objective: str, memory: Tokens, settings: dict[str, Any]) -> list[str]:
         config = build(GenerationConfig)
@@ -327,26 +334,6 @@ def abilities(config: LoadedConfig) -> set[str]:
     }
     known |= dict.fromkeys(ABILITIES[:3], any(one.trains_embed for one in objectives))
     return {name for name, has in known.items() if has}
-
-
-def read_image(image: AnyImage) -> Tensor:
-    """A Pillow image, or the file at a path -> uint8 [3, H, W].
-
-    Raises:
-        ValueError: the file is missing, or is no whole image.
-    """
-    if isinstance(image, Image.Image):
-        try:
-            return rgb_tensor(image)
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow reads the pixels only now
-            raise ValueError(f"image {getattr(image, 'filename', '') or repr(image)}: {error}") from error
-    if not isinstance(image, str | Path):
-        raise ValueError(f"images should be Pillow images or paths, not {type(image).__name__}")
-    try:
-        data = Path(image).read_bytes()
-    except OSError as error:
-        raise ValueError(f"image {image}: cannot be read ({error.strerror}); check the path") from error
-    return decode_image(data, key=f"image {image}")
 
 
 def _listed(items: Sequence[Any], name: str) -> list[Any]:

@@ -167,6 +167,8 @@ def test_what_answers_instructions_is_asked_for_captions(tmp_path):
     logits = again.model.objectives["lm"].head(again.model.run([wanted], batch)[wanted].states[0, :-1])
     likely = logits.log_softmax(-1).gather(1, said.ids[0, 1:, None])
     assert rows[0]["score"] == pytest.approx(likely.mean().item(), abs=1e-4)
+    images = [tmp_path / row["image"].split(":")[-1] for row in rows]
+    assert again.caption(images) == [row["caption"] for row in rows]
     other = run.task.model_copy(update={"ask": " is it red?"}).evaluate(parts, reader).predictions
     assert other[0]["score"] != rows[0]["score"], "the question is read"
 

@@ -22,8 +22,8 @@ import vlp
 from objectives import ItcConfig, ItmConfig, LmConfig
 from vlp.checkpoint.card import model_card
 from vlp.checkpoint.native import checkpoint_folder
+from vlp.data.decode import read_image
 from vlp.decoder import DecoderConfig
-from vlp.loaded import read_image
 from vlp.model import Model, build_model
 
 ROOT = Path(__file__).resolve().parents[2]

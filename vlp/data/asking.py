@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ANSWER, MATCH = "lm:answer", "match"
 """View of what is written; the field that says whether a pair is true."""
+DESCRIBE = " what does the image describe?"
+"""What OFA is asked for a caption; its texts begin with a space."""
 
 
 def ask(

@@ -1,9 +1,10 @@
-"""Encoded image to uint8 pixels."""
+"""Images, in memory, in files or encoded, to uint8 pixels."""
 
 from __future__ import annotations
 
 import io
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -19,7 +20,30 @@ try:
 except ImportError:
     torchvision_decode = None
 
+AnyImage: TypeAlias = Image.Image | str | Path
+"""A Pillow image of any mode, or the path of an image file."""
+
 _ORIENTATION = 0x0112  # EXIF tag
+
+
+def read_image(image: AnyImage) -> Tensor:
+    """A Pillow image, or the file at a path -> uint8 [3, H, W].
+
+    Raises:
+        ValueError: the file is missing, or is no whole image.
+    """
+    if isinstance(image, Image.Image):
+        try:
+            return rgb_tensor(image)
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow reads the pixels only now
+            raise ValueError(f"image {getattr(image, 'filename', '') or repr(image)}: {error}") from error
+    if not isinstance(image, str | Path):
+        raise ValueError(f"images should be Pillow images or paths, not {type(image).__name__}")
+    try:
+        data = Path(image).read_bytes()
+    except OSError as error:
+        raise ValueError(f"image {image}: cannot be read ({error.strerror}); check the path") from error
+    return decode_image(data, key=f"image {image}")
 
 
 def decode_image(data: bytes, key: str = "image") -> Tensor:
