@@ -40,12 +40,13 @@ def run_beside(jobs: Sequence[Job], device: torch.device, number: int) -> bool:
 
     Args:
         jobs: begun in this order.
-        device: CPU, whose cores are shared out, or the kind of accelerator, of which each process takes one.
+        device: CPU, whose cores are shared out, or the kind of accelerator, of which each process takes one in turn.
         number: of processes.
 
     Raises:
         ValueError: one failed; the others are stopped as by a signal.
     """
+    number = min(number, len(jobs))
     waiting, running, done, begun = deque(jobs), dict[int, tuple[Job, BaseProcess]](), 0, time.monotonic()
     failed: Job | None = None
     with stop_signal() as stop:
@@ -67,7 +68,7 @@ def run_beside(jobs: Sequence[Job], device: torch.device, number: int) -> bool:
                     left = (time.monotonic() - begun) / done * (len(jobs) - done)
                     logger.info("%s done, %d of %d, ETA %d min", job.name, done, len(jobs), round(left / 60))
                 elif not stop.is_set():
-                    failed = job
+                    failed = None if process.exitcode == STOPPED else job
                     stop.set()
     if failed is not None:
         lines = (failed.folder / LOG).read_text(encoding="utf-8", errors="replace").split("\n")

@@ -134,9 +134,10 @@ class CaptioningConfig(TaskConfig):
         by_masks = {name: one for name, one in pretrained.items() if isinstance(one, Seq2SeqMlmConfig)}
         if "lm" not in objectives and (by_masks or any(isinstance(o, Seq2SeqMlmConfig) for o in objectives.values())):
             model = model.model_copy(update={"decoder": None})
-            return run.model_copy(update={"model": model, "objectives": by_masks | objectives})
+            stated = {name: one.over(by_masks.get(name)) for name, one in objectives.items()}
+            return run.model_copy(update={"model": model, "objectives": by_masks | stated})
         known = pretrained.get("lm")
-        if getattr(model.decoder, "answers_instructions", False):
+        if model.answers_instructions:
             lm = stated_lm(objectives, pretrained, "fused").model_copy(update={"memory": "fused", "view": ANSWER})
             objectives["lm"] = lm
             return run.model_copy(update={"objectives": objectives})
@@ -159,7 +160,7 @@ class CaptioningConfig(TaskConfig):
 
     def prepare(self, run: RunConfig) -> Prepare:
         """Return image and one of its captions, drawn anew each time; as an answer where that is how it is written."""
-        if getattr(run.model.decoder, "answers_instructions", False):
+        if run.model.answers_instructions:
             return Answered(self.ask)
         return pair_example if self.scst is None else ScoredExample(run.data)
 
@@ -271,7 +272,7 @@ class CaptioningConfig(TaskConfig):
             raise ValueError(
                 f"task captioning: this model lacks {missing}; finetune it with vlp finetune captioning first"
             )
-        if getattr(model.config.decoder, "answers_instructions", False):
+        if model.config.answers_instructions:
             samples = (replace(one, sample=replace(one.sample, texts=(self.ask,))) for one in samples)
         for group, batch in batches(parts, samples, self.batch):
             with evaluating(model):
@@ -291,7 +292,7 @@ class CaptioningConfig(TaskConfig):
         if writer is None:
             found = generate_masked(model, batch.images["clean"], words, generation)
             return trim(found.ids, 1, words.sep), found.scores
-        if getattr(model.config.decoder, "answers_instructions", False):
+        if model.config.answers_instructions:
             memory = memory_of(model.run([Fuse()], batch)[Fuse()], "both")
         else:
             memory = model.run([Encode("image")], batch)[Encode("image")]
@@ -313,7 +314,7 @@ class CaptioningConfig(TaskConfig):
 
 def _writer(model: Model) -> str | None:
     """Name of the objective whose head writes captions, with the decoder or, where there is none, the fusion."""
-    if getattr(model.config.decoder, "answers_instructions", False):
+    if model.config.answers_instructions:
         return fused_writer(model)
     memory = "beside" if model.decoder is None else "image"
     return next((n for n, one in model.objectives.items() if isinstance(one, Lm) and one.config.memory == memory), None)

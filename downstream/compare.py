@@ -160,7 +160,7 @@ def score(cell: Cell, place: Path, device: torch.device, task: RetrievalConfig, 
     loaded = load(place, device=device)
     metrics: dict[str, float] = {}
     chance: dict[str, float] = {}
-    if task.lacks(loaded.model) is None:
+    if task.lacks(loaded.model) is None and cell.run.data.boxes is None:  # galleries are of whole images
         result = evaluate_run(place, loaded, cell.run.data, task, command=command)
         metrics, chance = result.metrics, result.floors["chance"]
     records = read_metrics(place / "metrics.jsonl")

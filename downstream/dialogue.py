@@ -129,7 +129,7 @@ class DialogueConfig(TaskConfig):
             model, objectives = writing(model, objectives, pretrained, ANSWER)
         else:
             known = next((one for one in pretrained.values() if isinstance(one, ItmConfig)), ItmConfig())
-            stated = objectives.get("itm", known)
+            stated = objectives.get("itm", ItmConfig()).over(known)
             objectives["itm"] = stated.model_copy(update={"scheme": "given", "masked": False})
             if not any(isinstance(one, LmConfig) for one in objectives.values()):
                 model = model.model_copy(update={"decoder": None})

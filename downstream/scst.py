@@ -82,9 +82,12 @@ def settle_scst(run: R, pretrained: Mapping[str, ObjectiveConfig]) -> R:
         masks = any(isinstance(one, Seq2SeqMlmConfig) for one in pretrained.values())
         by_masks = "one that writes by masks reads each word in a pass of its own; " if masks else ""
         how = " and with --objectives.lm '{}'" if masks else ""
+        remedy = f"first finetune captioning without task.scst{how}"
+        if run.model.answers_instructions:
+            remedy = "one that answers instructions (OFA) cannot be trained so; leave task.scst out"
         raise ValueError(
             "task.scst improves on captions that a decoder over images or a fusion writes left to right (objective "
-            f"lm), and the checkpoint has no such; {by_masks}first finetune captioning without task.scst{how}"
+            f"lm), and the checkpoint has no such; {by_masks}{remedy}"
         )
     stated = stated_lm(run.objectives, pretrained, memory)
     given = {name: value for name in ("label_smoothing", "distill") if (value := getattr(stated, name))}

@@ -89,7 +89,8 @@ class VqaConfig(TaskConfig):
     """How answers are written (open)."""
 
     headline: ClassVar[str] = "accuracy"
-    of_data: ClassVar[tuple[str, ...]] = ("answer", "choices")
+    # Ranking takes the data's own list of answers; which head there is shows in the model.
+    of_data: ClassVar[tuple[str, ...]] = ("answer", "choices", "answer_file", "head")
 
     def settings(self, data: DataConfig) -> DataConfig:
         """Texts are questions: the field of that name unless the user names another."""
@@ -142,10 +143,10 @@ class VqaConfig(TaskConfig):
         if self.head in ("open", "ranked"):
             model, objectives = writing(model, objectives, pretrained, ANSWER)
         else:
-            answer = objectives.get("answer", pretrained.get("answer", AnswerConfig()))
+            stated = objectives.get("answer", AnswerConfig())
+            known = pretrained.get("answer", AnswerConfig()).model_copy(update={"masked": False})  # LXMERT hides words
+            answer = stated.over(known)
             assert isinstance(answer, AnswerConfig)
-            if "answer" not in objectives:
-                answer = answer.model_copy(update={"masked": False})  # LXMERT's pretraining hides words
             wanted = self.answer_list(survey)
             if not self.exact:
                 wanted = tuple(dict.fromkeys(map(normalize_answer, wanted)))
@@ -155,7 +156,7 @@ class VqaConfig(TaskConfig):
                         "the checkpoint's %d answers do not hold all of the data's; its head is new",
                         len(answer.answers),
                     )
-                if "answer" not in objectives:  # its loss was of another task: verdicts take a softmax
+                if "loss" not in stated.model_fields_set:  # its loss was of another task: verdicts take a softmax
                     answer = answer.model_copy(update={"loss": "bce"})
                 answer = answer.model_copy(update={"answers": wanted})
             objectives["answer"] = answer

@@ -67,11 +67,9 @@ class Config(BaseModel):
     )
 
     def over(self, below: "Config | None") -> Self:
-        """Return ``below`` with all that this has unlike its defaults; this itself where that is of another class."""
-        if type(below) is not type(self):
-            return self
-        plain = {name: field.get_default(call_default_factory=True) for name, field in type(self).model_fields.items()}
-        return below.model_copy(update={n: getattr(self, n) for n, value in plain.items() if getattr(self, n) != value})
+        """Return ``below`` with all that is stated of this; this itself where that is of another class."""
+        stated = {name: getattr(self, name) for name in self.model_fields_set}
+        return below.model_copy(update=stated) if type(below) is type(self) else self
 
 
 C = TypeVar("C", bound=Config)
@@ -246,8 +244,10 @@ class Tree(Generic[C]):
             else:
                 hint = did_you_mean(name, cls.model_fields, otherwise="the fields here are")
                 self.report((*path, name), _show(value), f"unknown field; {hint}")
+        plain = defaults(cls)  # left out, so that `model_fields_set` is what layers say
+        stated = {n: value for n, value in values.items() if (*path, n) in self._sources or tree[n] != plain.get(n)}
         try:
-            config = cls.model_validate(values)
+            config = cls.model_validate(stated)
         except ValidationError as error:
             self._translate(error, values, path)
             return _FAILED

@@ -43,14 +43,6 @@ class DecoderConfig(BesideConfig):
 
     any_form: ClassVar[bool] = True
 
-    @property
-    def answers_instructions(self) -> bool:
-        """Whether all that it writes answers what the encoder is asked beside the image (OFA).
-
-        It reads the places of image and text apart from their content, so that it can read nothing but both.
-        """
-        return self.untied is not None
-
     def build(self, memory_width: int, text: nn.Module, fusion: Fusion | None) -> Decoder:
         """Build the decoder beside the text encoder and the fusion that it may share with."""
         return Decoder(self, memory_width, text, fusion)

@@ -192,8 +192,9 @@ class Loaded:
     def caption(self, images: Sequence[AnyImage], *, batch_size: int = 32, **generation: Any) -> list[str]:
         """Write a caption of each image; ``generation`` are fields of `GenerationConfig` (``method="beam"``)."""
         write, by_masks = self._writer("image"), masked_writer(self.model) is not None
-        asked = write is None and getattr(self.model.config.decoder, "answers_instructions", False)  # OFA
+        asked = write is None and self.model.config.answers_instructions  # OFA
         write = self._writer("fused") if asked else write
+        words = getattr(self.config, "task", {}).get("ask", DESCRIBE)  # of its finetuning, if there was one
         if write is None and not by_masks:
             raise ValueError(
                 f"this checkpoint cannot write captions ({self._objectives}); train it with "
@@ -201,7 +202,7 @@ class Loaded:
             )
         found: list[str] = []
         for part in _parts(images, "images", batch_size):
-            question = [DESCRIBE] * len(part) if asked else None
+            question = [words] * len(part) if asked else None
             with torch.inference_mode():
                 if write is not None:
                     found += self._write(write, self._memory(part, question), generation)
@@ -330,7 +331,8 @@ def abilities(config: LoadedConfig) -> set[str]:
     known = {
         "match": bool(kinds & {"itm", "rank"}),
         "answer": ("answer" in kinds and images == "one") or "fused" in memories,
-        "caption": "image" in memories,
+        "caption": bool(memories & {"image", "beside"} or "seq2seq_mlm" in kinds)
+        or ("fused" in memories and config.model.answers_instructions),
     }
     known |= dict.fromkeys(ABILITIES[:3], any(one.trains_embed for one in objectives))
     return {name for name, has in known.items() if has}

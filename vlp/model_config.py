@@ -9,6 +9,7 @@ from pydantic import Field
 from encoders import AnyTextConfig, PatchConfig, TextConfig, VisionConfig
 from encoders.codebook import CodebookConfig
 from vlp.config import Config
+from vlp.decoder import DecoderConfig
 from vlp.embed import EmbedConfig
 from vlp.fusion import FusionConfig
 from vlp.fusion.dual import DualStreamConfig
@@ -37,3 +38,11 @@ class ModelConfig(Config):
     """Share of the momentum teacher's weights that a step keeps, where an objective has a teacher (ALBEF, BLIP)."""
     teacher_view: Literal["clean", "again"] = "clean"
     """Images that the teacher sees: the student's, or another augmentation of each (TCL)."""
+
+    @property
+    def answers_instructions(self) -> bool:
+        """Whether all that the decoder writes answers what the encoder is asked beside the image (OFA).
+
+        It reads the places of image and text apart from their content, so that it can read nothing but both.
+        """
+        return isinstance(self.decoder, DecoderConfig) and self.decoder.untied is not None

@@ -8,7 +8,7 @@ from downstream.captioning import CaptioningConfig, CaptionSurvey
 from downstream.retrieval import RetrievalConfig
 from downstream.translation import TranslationConfig, TranslationSurvey
 from downstream.vqa import VqaConfig, VqaSurvey
-from objectives import ItcConfig, ItmConfig, LmConfig
+from objectives import AnswerConfig, ItcConfig, ItmConfig, LmConfig
 from vlp.config import build
 from vlp.run import RunConfig
 
@@ -43,6 +43,23 @@ def test_retrieval_keeps_what_is_not_stated_of_matching() -> None:
     own = {"itc": ItcConfig(), "itm": ItmConfig(masked=True, hard_from=50, number=3)}
     found = RetrievalConfig().adapt(run_of({"itm": {"number": 8}}), own, None).objectives
     assert found == {"itc": own["itc"], "itm": ItmConfig(masked=True, hard_from=0, number=8)}
+
+
+def test_what_is_stated_wins_at_its_default_too() -> None:
+    own = {"itc": ItcConfig(queue=64, distill=0.4)}
+    found = RetrievalConfig().adapt(run_of({"itc": {"queue": 0}, "itm": {}}), own, None).objectives
+    assert found["itc"] == ItcConfig(queue=0, distill=0.4)
+    assert run_of({"itc": {"queue": 0}}).objectives["itc"].model_fields_set == {"queue"}
+
+
+def test_an_answer_head_that_fits_stays_when_its_loss_is_stated() -> None:
+    own = AnswerConfig(answers=("red", "blue", "green"), hidden=48, masked=True)
+    adapt = VqaConfig().adapt
+    survey = VqaSurvey(("blue", "red"), (1.0, 1.0), {}, 2)
+    found = adapt(run_of({"answer": {"loss": "ce"}}), {"answer": own}, survey).objectives["answer"]
+    assert found == own.model_copy(update={"loss": "ce", "masked": False})
+    new = adapt(run_of({"answer": {"loss": "ce"}}), {"answer": own.model_copy(update={"answers": ("x",)})}, survey)
+    assert (new.objectives["answer"].answers, new.objectives["answer"].loss) == (("blue", "red"), "ce")
 
 
 def test_what_is_of_another_kind_is_not_laid_over() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -74,8 +75,13 @@ def other_than_weights(path: Path) -> str | None:
     with path.open("rb") as file:
         head = file.read(512)
     stored = head.startswith((b"PK\x03\x04", b"\x80")) or head[8:9] == b"{"  # a zip archive, a pickle, safetensors
-    if ending in WEIGHT_ENDINGS or (stored and ending not in (".npz", ".zip")):
+    if stored and ending in (".npz", ".zip"):
+        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        stored = any(name.endswith("data.pkl") for name in names)  # as torch.save writes
+    if ending in WEIGHT_ENDINGS or stored:
         return None  # if it is damaged, its reader says so
+    if ending == ".json":
+        return "a config, an index or a table (.json)"
     if ending in OTHERS:
         return f"{OTHERS[ending]} ({ending})"
     return None if b"\0" in head else "a text file" if head else "an empty file"

@@ -65,7 +65,7 @@ def compare_arguments(parser: Parser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="models trained at once, each on a GPU of its own or with its share of the cores (1)",
+        help="models trained at once, on the GPUs in turn or each with its share of the cores (1)",
     )
     device_option(parser)
 
