@@ -61,7 +61,7 @@ class DemoConfig(Config):
     """Pretraining recipe."""
     pretrain: int = Field(default=100_000, ge=256)
     """Samples of pretraining; the recipe's ramps are stretched with it."""
-    vqa: int = Field(default=12_000, ge=0)
+    vqa: int = Field(default=16_000, ge=0)
     """Samples of VQA finetuning, images with eight questions each; 0 = leave VQA out."""
     captioning: int = Field(default=40_000, ge=0)
     """Samples of captioning finetuning, 0 = leave captioning out."""
