@@ -26,9 +26,9 @@ from downstream.metrics.retrieval import RECALL_AT
 from downstream.retrieval import ITC, ITM, RetrievalConfig
 from objectives.collectives import rank, world_size
 from vlp.checkpoint.load import load
-from vlp.config import to_yaml
+from vlp.config import leaves, to_yaml
 from vlp.parts import parameters_by_part
-from vlp.pretrain import leaves, pretrain, resume
+from vlp.pretrain import pretrain, resume
 from vlp.run import RunConfig
 from vlp.train.log import read_metrics
 
@@ -126,7 +126,7 @@ def read_row(place: Path) -> Row | None:
 
 def unheld(runs: Mapping[str, RunConfig]) -> list[str]:
     """Return the settings of data and budget in which variants differ, seeds and single parts' learning rates apart."""
-    trees = [dict(leaves(run.model_dump(include={"data", "train"}))) for run in runs.values()]
+    trees = [leaves(run.model_dump(include={"data", "train"})) for run in runs.values()]
     names = {name for tree in trees for name in tree}
     held = {name for name in names if name == "train.seed" or name.startswith("train.optim.lr_scale")}
     return sorted(name for name in names - held if any(tree.get(name) != trees[0].get(name) for tree in trees))

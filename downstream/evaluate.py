@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +25,7 @@ from downstream.task import Result, TaskConfig
 from objectives.collectives import rank
 from vlp.checkpoint.load import FinetunedConfig, LoadedConfig
 from vlp.checkpoint.native import weights_of
-from vlp.config import Config, Layer, slot_of
+from vlp.config import Config, Layer, leaves, slot_of
 from vlp.data.loader import DataConfig
 from vlp.data.reader import Reader
 from vlp.loaded import Loaded
@@ -83,20 +83,11 @@ def settings_note(task: AnyTask, config: LoadedConfig) -> tuple[str, ...]:
     """
     if not isinstance(config, FinetunedConfig) or config.task.get("kind") != task.kind:
         return ()
-    here, there = dict(flat(task.model_dump(mode="json"))), dict(flat(config.task))
+    here, there = leaves(task.model_dump(mode="json")), leaves(config.task)
     names = [name for name in {**here, **there} if name not in SPEED and name.partition(".")[0] in config.task]
     others = [f"{n} {_word(here.get(n))} (there {_word(there.get(n))})" for n in names if here.get(n) != there.get(n)]
     but = f", but for {', '.join(others)}" if others else ""
     return (f"the task's settings are those of the finetuning that made the checkpoint{but}",)
-
-
-def flat(tree: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested mappings by dotted name."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{at}{name}.")
-        else:
-            yield f"{at}{name}", value
 
 
 def _word(value: Any) -> str:

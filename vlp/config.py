@@ -16,7 +16,8 @@ optional part.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,7 @@ __all__ = [
     "build",
     "configs_folder",
     "find_recipe",
+    "leaves",
     "list_recipes",
     "load",
     "load_recipe",
@@ -370,22 +372,24 @@ def restated(cls: type[Config], recipe: str | Path) -> list[str]:
     *bases, own = load_recipe(recipe)
     whole = build(cls, *bases, own)
     superfluous = []
-    for path in _leaves(own.tree):
-        try:
-            same = build(cls, *bases, Layer(_without(own.tree, path), own.source)) == whole
-        except ConfigError:
-            same = False
-        if same:
-            superfluous.append(".".join(map(str, path)))
+    for path, _ in _leaves(own.tree):
+        with suppress(ConfigError):
+            if build(cls, *bases, Layer(_without(own.tree, path), own.source)) == whole:
+                superfluous.append(".".join(map(str, path)))
     return superfluous
 
 
-def _leaves(tree: Mapping[str, Any], path: Path_ = ()) -> list[Path_]:
-    return [
-        leaf
-        for name, value in tree.items()
-        for leaf in (_leaves(value, (*path, name)) if isinstance(value, dict) and value else [(*path, name)])
-    ]
+def leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every setting of a tree by its dotted name."""
+    return {".".join(map(str, path)): value for path, value in _leaves(tree)}
+
+
+def _leaves(tree: Mapping[str, Any], path: Path_ = ()) -> Iterator[tuple[Path_, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
 
 
 def _without(tree: Mapping[str, Any], path: Path_) -> dict[str, Any]:

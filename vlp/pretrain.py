@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from vlp.checkpoint.folder import is_checkpoint
 from vlp.checkpoint.load import load
 from vlp.checkpoint.migrate import migrate
 from vlp.checkpoint.native import CONFIG, find_checkpoint, holds_average, load_weights, read_config, read_weights
-from vlp.config import Config, Layer, build
+from vlp.config import Config, Layer, build, leaves
 from vlp.data.loader import check_hash
 from vlp.data.tokenizer import Tokenizer, load_tokenizer
 from vlp.flags import from_command_line
@@ -173,18 +172,9 @@ def refuse_changes(folder: Path, before: Config, after: Config) -> None:
 
 def changes(before: Config, after: Config) -> dict[str, str]:
     """Return how the settings that change weights differ, in words by dotted name."""
-    old, new = dict(leaves(before.model_dump())), dict(leaves(after.model_dump()))
+    old, new = leaves(before.model_dump()), leaves(after.model_dump())
     changed = [name for name in old | new if old.get(name) != new.get(name) and name not in HARMLESS]
     return {name: f"{name} {old.get(name)} -> {new.get(name)}" for name in changed}
-
-
-def leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted name and value of every setting of a tree."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value
 
 
 def with_hash(parts: Parts) -> Parts:

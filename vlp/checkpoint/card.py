@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 from torch import Tensor
 
+from vlp.config import leaves
 from vlp.model import Model
 from vlp.parts import parameters_by_part
 
@@ -119,19 +120,11 @@ def model_card(
         embeds=model.space() is not None,
         writes=model.decoder is not None,
         data={"trained on": run.data.train or "not recorded", **(data or {})},
-        metrics=[(_cell(name), _cell(value)) for name, value in _flat(metrics)],
+        metrics=[(_cell(name), _cell(value)) for name, value in leaves(metrics).items()],
         command=command.replace("```", ""),
         versions=_versions(),
         licence=licence,
     )
-
-
-def _flat(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _cell(value: Any) -> str:

@@ -120,10 +120,11 @@ def name_of(config: Any, average: bool | None = None) -> str:
 
 def changed(config: Config) -> Iterator[tuple[str, Any]]:
     """Yield the settings that are not the default, by dotted name; not those that change the speed alone."""
-    from downstream.evaluate import SPEED, flat
+    from downstream.evaluate import SPEED
+    from vlp.config import leaves
 
-    known = dict(flat(type(config)().model_dump(mode="json")))
-    for name, value in flat(config.model_dump(mode="json")):
+    known = leaves(type(config)().model_dump(mode="json"))
+    for name, value in leaves(config.model_dump(mode="json")).items():
         if known.get(name) != value and name not in SPEED:
             yield name, value
 

@@ -101,12 +101,10 @@ def train(
         write_config(folder, parts.run)  # only now: all that can be wrong with it has been said
     log = RunLog(folder, config.samples, seen, watch.chances, quiet=rank() != 0)
     try:
-        ended = _Steps(config, step, state, meter, log, watch, evaluation).run(
-            loader, seen, None if restored is None else restored.get("positions")
-        )
+        steps = _Steps(config, step, state, meter, log, watch, evaluation)
+        ended = steps.run(loader, seen, (restored or {}).get("positions"))
     except NonFiniteError as error:
-        path = state.keep_batch(error)
-        raise NonFiniteError(f"{error}; the batch is in {path}", error.batches) from error
+        raise NonFiniteError(f"{error}; the batch is in {state.keep_batch(error)}", error.batches) from error
     finally:
         log.close()
     loader.report_bad()
