@@ -138,14 +138,12 @@ class CaptioningConfig(TaskConfig):
             return run.model_copy(update={"model": model, "objectives": by_masks | stated})
         known = pretrained.get("lm")
         if model.answers_instructions:
-            lm = stated_lm(objectives, pretrained, "fused").model_copy(update={"memory": "fused", "view": ANSWER})
-            objectives["lm"] = lm
+            objectives["lm"] = stated_lm(objectives, pretrained, "fused", ANSWER)
             return run.model_copy(update={"objectives": objectives})
         if model.decoder is None and isinstance(known, LmConfig) and known.memory == "beside":
-            lm = stated_lm(objectives, pretrained, "beside").model_copy(update={"memory": "beside", "view": known.view})
-            return run.model_copy(update={"objectives": objectives | {"lm": lm}})
-        lm = stated_lm(objectives, pretrained, "image").model_copy(update={"memory": "image", "view": "causal"})
-        objectives["lm"] = lm
+            objectives["lm"] = stated_lm(objectives, pretrained, "beside", known.view)
+            return run.model_copy(update={"objectives": objectives})
+        objectives["lm"] = stated_lm(objectives, pretrained, "image", "causal")
         decoder = (model.decoder or decoder_beside(model)).model_copy(update={"memory": "image"})
         changes: dict[str, Any] = {"decoder": decoder}
         if len(objectives) == 1:

@@ -89,7 +89,7 @@ def settle_scst(run: R, pretrained: Mapping[str, ObjectiveConfig]) -> R:
             "task.scst improves on captions that a decoder over images or a fusion writes left to right (objective "
             f"lm), and the checkpoint has no such; {by_masks}{remedy}"
         )
-    stated = stated_lm(run.objectives, pretrained, memory)
+    stated = stated_lm(run.objectives, pretrained, memory, known.view)
     given = {name: value for name in ("label_smoothing", "distill") if (value := getattr(stated, name))}
     for name, value in given.items():
         logger.info("objectives.lm.%s %s is for given captions; draws are trained without it (task.scst)", name, value)

@@ -46,21 +46,22 @@ def writing(
         pretrained: the checkpoint's, whose own ``lm`` stays where it reads fused texts.
         view: the text view that is written.
     """
-    lm = stated_lm(objectives, pretrained, "fused").model_copy(update={"memory": "fused", "view": view})
+    lm = stated_lm(objectives, pretrained, "fused", view)
     decoder = (model.decoder or decoder_beside(model)).model_copy(update={"memory": "text"})
     return model.model_copy(update={"decoder": decoder}), {**objectives, "lm": lm}
 
 
 def stated_lm(
-    objectives: Mapping[str, ObjectiveConfig], pretrained: Mapping[str, ObjectiveConfig], memory: str
+    objectives: Mapping[str, ObjectiveConfig], pretrained: Mapping[str, ObjectiveConfig], memory: str, view: str
 ) -> LmConfig:
-    """Return ``lm`` as the user states it, over the checkpoint's own where that reads this memory.
+    """Return ``lm`` for this memory and view as the user states it, over the checkpoint's own of the same memory.
 
     Else a word of a recipe, as label_smoothing, would put the default head in place of the checkpoint's.
     """
     known, stated = pretrained.get("lm"), objectives.get("lm", LmConfig())
     assert isinstance(stated, LmConfig)
-    return stated.over(known) if isinstance(known, LmConfig) and known.memory == memory else stated
+    lm = stated.over(known) if isinstance(known, LmConfig) and known.memory == memory else stated
+    return lm.model_copy(update={"memory": memory, "view": view})
 
 
 @dataclass(frozen=True)
