@@ -39,12 +39,14 @@ def pick_device(wanted: str | None = None) -> torch.device:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the ranks that torchrun started, if any, for the time of the block."""
+    """Join the ranks that torchrun started, if any, for the time of the block.
+
+    An error leaves the group as it is: leaving takes all ranks, and the others may be waiting in a collective, so that
+    this one would wait for them, and its error would not be seen. Its process ends instead, and torchrun ends theirs.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
