@@ -15,10 +15,11 @@ demo: $(STAMP)
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
 
-# What takes longer than the suite may: slow tests, then the demo's recipe with three times its samples.
+# What takes longer than the suite may: slow tests, the demo's recipe with three times its samples, and scenes of two emoji.
 bench: $(STAMP)
 	$(BIN)/pytest -m slow
 	$(BIN)/vlp demo --out runs/bench --pretrain 300000 --vqa 0 --captioning 0
+	$(BIN)/vlp finetune demo_scenes --init runs/bench/pretrain --out runs/bench/scenes
 
 # Both stages of retrieval on 5,000 random images x 25,000 captions: memory, pairs, time against matching all pairs.
 bench-retrieval: $(STAMP)

@@ -31,6 +31,8 @@ from vlp.data.records import (
     digest,
     place_of,
 )
+from vlp.data.scenes import SCHEME as SCENES
+from vlp.data.scenes import ScenesReader
 from vlp.data.shards import ShardReader
 from vlp.data.table import TABLE_SUFFIXES, FolderReader, TableReader
 
@@ -71,7 +73,8 @@ def open_reader(
         spec: Tar shards (path or fsspec url, with braces or globs), a table (csv, tsv, json, jsonl, parquet), a folder
             of images (or of .tar files, or with a metadata.csv / .jsonl / .parquet), a .txt file of one text a line,
             or a list of those, read in order;
-            ``emoji:STYLE,...`` for the embedded benchmark, ``easy-vqa:train`` or ``:test`` for easy-vqa.
+            ``emoji:STYLE,...`` for the embedded benchmark, ``emoji-scenes:STYLE,...`` for two of its emoji a picture,
+            ``easy-vqa:train`` or ``:test`` for easy-vqa.
         image: Tables: column or columns with image paths; None guesses, ``()`` for texts without images.
         text: Tables: column with the text; None guesses.
         root: Tables: folder that image paths are relative to; None means the folder of the table.
@@ -89,6 +92,8 @@ def open_reader(
         return _concat([partial(open_reader, name, image=image, text=text, root=root, where=where) for name in specs])
     if specs[0].startswith(EASY_VQA):
         return EasyVqaReader(specs[0].removeprefix(EASY_VQA), where)
+    if specs[0].startswith(SCENES):
+        return ScenesReader(specs[0].removeprefix(SCENES), where)
     path = Path(specs[0])
     if path.is_dir():
         if any(path.glob("*.tar")):
