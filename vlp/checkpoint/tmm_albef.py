@@ -11,8 +11,11 @@ from typing import Any
 
 from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
 from vlp.checkpoint.names import Pair, blocks, rename_pairs
+from vlp.checkpoint.tmm_parts import heads_of, sections_of
 from vlp.data.presets import albef_blip
 
+_VISION_SECTIONS = ("vision_encoder_args", "vision_encoder", "vision", "image_encoder", "image")
+_TEXT_SECTIONS = ("text_encoder_args", "text_encoder", "text")
 RETRIEVAL, VQA = "model_with_similarity.", "answer_decoder."
 _SELF: dict[str | tuple[str, ...], str | tuple[str, ...]] = {
     "attention.query": "attention.query",
@@ -57,15 +60,14 @@ def _prefix(shapes: Shapes) -> str:
 def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     """Return what a file is in our words; ``config`` has the arguments of the example's YAML."""
     albef = _prefix(shapes)
-    vision, assumed = _vision(shapes, f"{albef}vision_encoder.encoder.", config.get("vision_encoder_args", {}))
+    vision, assumed = _vision(shapes, f"{albef}vision_encoder.encoder.", config)
     embed = f"{albef}text_encoder.embeddings."
     words, width = shapes[f"{embed}word_embeddings.weight"]
     text_layers = count_layers(shapes, re.escape(f"{albef}text_encoder.encoder.layer.") + r"(\d+)\.")
     fusion_layers = count_layers(shapes, re.escape(f"{albef}multimodal_encoder.layer.") + r"(\d+)\.")
-    arguments = config.get("text_encoder_args", {})
-    heads = arguments.get("num_attention_heads")
-    if heads is None:
-        heads = max(1, width // 64)
+    arguments = next(iter(sections_of(config, _TEXT_SECTIONS)), {})
+    heads, said = heads_of(config, _TEXT_SECTIONS, width)
+    if not said:
         assumed = (*assumed, f"{heads} heads in the text layers (64 a head)")
     stack = {
         "width": width,
@@ -107,13 +109,12 @@ def recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     return Recipe({"model": model, "objectives": objectives, "data": data}, assumed)
 
 
-def _vision(shapes: Shapes, prefix: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _vision(shapes: Shapes, prefix: str, config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     width, _, patch, _ = shapes[f"{prefix}conv_proj.weight"]
     layers = f"{prefix}encoder.layers.encoder_layer_"
-    heads, assumed = arguments.get("num_attention_heads"), tuple[str, ...]()
-    if heads is None:
-        heads = max(1, width // 64)
-        assumed = (f"{heads} heads in the vision tower (64 a head)",)
+    arguments = next(iter(sections_of(config, _VISION_SECTIONS)), {})
+    heads, said = heads_of(config, _VISION_SECTIONS, width)
+    assumed = () if said else (f"{heads} heads in the vision tower (64 a head)",)
     preset = albef_blip()
     return {
         "kind": "patch",

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlp.checkpoint.clip import (
-    HEAD_WIDTH,
     IMAGE_BLOCK,
     IMAGE_PROJECTION,
     QUERY_KEY_VALUE,
@@ -23,9 +22,12 @@ from vlp.checkpoint.clip import (
 )
 from vlp.checkpoint.foreign import Family, Recipe, Renamed, Shapes, State, count_layers
 from vlp.checkpoint.names import Pair, blocks, rename_pairs, transposed
+from vlp.checkpoint.tmm_parts import heads_of
 from vlp.data.presets import meter_clip
 
 _IMAGE, _TEXT, _SCALE = "encoder_a.", "encoder_b.", "loss.logit_scale"
+_IMAGE_SECTIONS = ("encoder_a", "image", "vision", "image_encoder", "vision_encoder")
+_TEXT_SECTIONS = ("encoder_b", "text", "text_encoder")
 _NAMES = (
     Pair(_IMAGE + "conv.weight", TOWER + "patch_embed.proj.weight"),
     *image_pairs(_IMAGE, "positional_embedding", "cls_token_embedding", ("ln_pre", "ln_post")),
@@ -66,21 +68,12 @@ def _plain(names: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix("model."): value for name, value in names.items()}
 
 
-def _heads(config: Mapping[str, Any], sections: tuple[str, ...], width: int) -> tuple[int, bool]:
-    """Heads of a tower: stated in one of the config's sections or, for both, at its top; else of width 64."""
-    parts = [config[name] for name in sections if isinstance(config.get(name), Mapping)]
-    named = [config.get(f"{name}_heads") for name in sections]
-    stated = [part.get(name) for part in (*parts, config) for name in ("heads", "num_heads", "n_head")]
-    heads = next((int(one) for one in (*named, *stated) if one), None)
-    return (max(1, width // HEAD_WIDTH), False) if heads is None else (heads, True)
-
-
 def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     shapes = _plain(shapes)
     preset = meter_clip(224)
     width, words = shapes[_IMAGE + "conv.weight"][0], shapes[_TEXT + "token_embedding.weight"]
-    image_heads, image_said = _heads(config, ("encoder_a", "image", "vision", "image_encoder", "vision_encoder"), width)
-    text_heads, text_said = _heads(config, ("encoder_b", "text", "text_encoder"), words[1])
+    image_heads, image_said = heads_of(config, _IMAGE_SECTIONS, width)
+    text_heads, text_said = heads_of(config, _TEXT_SECTIONS, words[1])
     vision = patch_tower(
         shapes,
         _IMAGE + "conv.weight",

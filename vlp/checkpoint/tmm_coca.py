@@ -64,6 +64,7 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     vision = _vision(shapes, config)
     words = shapes[_TEXT + "embeddings.token_embeddings.weight"]
     token = _TEXT + "embeddings.cls_embedding" in shapes
+    pad = tmm_parts.argument(config, "pad_idx", default=0)
     lower = tmm_parts.stack(shapes, _TEXT + _LAYERS, config, _HEADS[1:2])
     text = text_tower(
         words,
@@ -72,9 +73,9 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
         activation="gelu",
         eps=tmm_parts.argument(config, "text_layer_norm_eps", default=_EPS),
         pool="token" if token else "largest",
-    )
+    ) | {"padding_id": pad}
     if token:
-        text |= {"token_sees": "text_late", "pad": tmm_parts.argument(config, "pad_idx", default=0)}
+        text |= {"token_sees": "text_late", "pad": pad or 0}
     decoder = tmm_parts.stack(shapes, _UPPER + _LAYERS, config, _HEADS[2:3]) | {
         "kind": "multimodal",
         "eps": tmm_parts.argument(config, "fusion_layer_norm_eps", default=_EPS),

@@ -46,6 +46,7 @@ def _recipe(shapes: Shapes, config: Mapping[str, Any]) -> Recipe:
     tree = flava.tree(plain, _NAMED, stacks, preset, trained)
     model = tree["model"]
     model["fusion"]["mask_text"] = False
+    model["text"]["padding_id"] = tmm_parts.argument(config, "pad_token_id", default=0)  # which is seen, not trained
     if _CODEBOOK + "input.w" in plain:
         model["codebook"] = {
             "codes": plain[_CODEBOOK + "output.conv.w"][0],

@@ -21,6 +21,8 @@ from vlp.checkpoint.names import Names, Pair, blocks
 _PARTS = ("query", "key", "value")
 _SPLIT: tuple[tuple[str, ...], ...] = (_PARTS, tuple(f"{one[0]}_proj" for one in _PARTS))
 _OUT = ("output", "output_proj")
+_HEADS = ("num_attention_heads", "n_head", "num_heads", "heads")
+"""What its builders call their attention heads."""
 
 
 def layers(theirs: str, ours: str, image: bool = False) -> tuple[Pair, ...]:
@@ -68,9 +70,30 @@ def argument(config: Mapping[str, Any], *names: str, default: Any = None) -> Any
     return default
 
 
+def sections_of(config: Mapping[str, Any], names: tuple[str, ...]) -> list[Mapping[str, Any]]:
+    """Return those parts of ``config`` that are called so: each holds the arguments of one builder."""
+    return [config[name] for name in names if isinstance(config.get(name), Mapping)]
+
+
+def heads_of(config: Mapping[str, Any], names: tuple[str, ...], width: int) -> tuple[int, bool]:
+    """Return the heads of a stack of this width, and whether ``config`` states them.
+
+    They stand in a part of it called by one of ``names``, or at its top; else in the part that states the same width,
+    whatever it is called; else anywhere, for all stacks.
+    """
+    parts = (*sections_of(config, names), config)
+    stated = [config.get(f"{name}_heads") for name in names] + [part.get(one) for part in parts for one in _HEADS]
+    heads = next((one for one in stated if one), None)
+    if heads is None:
+        inner = [part for part in config.values() if isinstance(part, Mapping)]
+        same = [part for part in inner if width in (part.get("width"), part.get("hidden_size"))]
+        heads = next((found for part in (*same, config) if (found := argument(part, *_HEADS))), None)
+    return (max(1, width // HEAD_WIDTH), False) if heads is None else (int(heads), True)
+
+
 def stack(shapes: Shapes, theirs: str, config: Mapping[str, Any], heads: tuple[str, ...]) -> dict[str, Any]:
     """Return layers, heads and hidden width of a stack; ``heads`` are the arguments that may state them."""
     numbers = [int(m[1]) for name in shapes if (m := re.match(re.escape(theirs) + r"layer\.(\d+)\.", name))]
     hidden, width = shapes[theirs + "layer.0.feedforward.model.0.weight"]
-    found = argument(config, *heads, "num_attention_heads", "n_head", "num_heads", "heads")
+    found = argument(config, *heads, *_HEADS)
     return {"layers": max(numbers) + 1, "heads": found or max(1, width // HEAD_WIDTH), "hidden": hidden}

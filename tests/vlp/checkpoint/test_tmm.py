@@ -11,6 +11,7 @@ from standins import random_weights, stand_in, verdict
 from tmm_reference import HEADS, coca, flava
 
 import vlp
+from vlp.checkpoint.tmm_parts import heads_of
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -234,3 +235,19 @@ def test_what_a_file_does_not_say_is_said(tmp_path: Path) -> None:
     notes = " ".join(loaded.report.notes)
     assert "assumed: heads of width 64" in notes and "assumed: temperature 0.07" in notes
     assert float(loaded.model.space().logit_scale.exp()) == pytest.approx(1 / 0.07)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"vision": {"heads": 4}, "text": {"heads": 2}},
+        {"vision_heads": 4, "text": {"width": 24, "heads": 2}},
+        {"vit": {"width": 32, "num_heads": 4}, "words": {"hidden_size": 24, "num_attention_heads": 2}},
+        {"built of": {"vit": {"heads": 4}}, "words": {"width": 24, "heads": 2}},
+    ],
+)
+def test_heads_are_found_in_the_arguments_of_either_builder(config: dict[str, Any]) -> None:
+    """The authors name no file of settings: a user hands over the arguments as they were, by whatever name."""
+    assert heads_of(config, ("vision",), 32) == (4, True)
+    assert heads_of(config, ("text",), 24) == (2, True)
+    assert heads_of({}, ("vision",), 128) == (2, False)

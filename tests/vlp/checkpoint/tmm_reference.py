@@ -16,6 +16,11 @@ def linear(w: Weights, name: str, x: Tensor) -> Tensor:
     return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
 
 
+def words(w: Weights, name: str, ids: Tensor) -> Tensor:
+    """The padding's own embedding, id 0, is read but not trained, as both models have it."""
+    return F.embedding(ids, w[f"{name}.weight"], padding_idx=0)
+
+
 def norm(w: Weights, name: str, x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], eps)
 
@@ -78,7 +83,7 @@ def flava(w: Weights, given: Weights) -> Weights:
 
     def text(ids: Tensor) -> tuple[Tensor, Tensor]:
         embed = model + "text_encoder.embeddings."
-        x = w[embed + "word_embeddings.weight"][ids] + w[embed + "token_type_embeddings.weight"][0]
+        x = words(w, embed + "word_embeddings", ids) + w[embed + "token_type_embeddings.weight"][0]
         x = norm(w, embed + "layer_norm", x + w[embed + "position_embeddings.weight"][: ids.shape[1]], eps)
         x = stack(w, model + "text_encoder.encoder.", x, eps, (ids != 0)[:, None, None])
         return x, norm(w, model + "text_encoder.layernorm", x, eps)
@@ -143,7 +148,7 @@ def coca(w: Weights, given: Weights, prefix: str = "model.") -> Weights:
     ids, keep = given["text"][:, :-1], given["mask"][:, :-1].bool()
     length = ids.shape[1]
     token = w[lower + "embeddings.cls_embedding"].expand(len(ids), 1, -1)
-    x = torch.cat([w[lower + "embeddings.token_embeddings.weight"][ids], token], 1)
+    x = torch.cat([words(w, lower + "embeddings.token_embeddings", ids), token], 1)
     causal = torch.ones(length + 1, length + 1, dtype=torch.bool).tril()
     seen = causal.expand(len(ids), -1, -1).clone()
     seen[:, -1, 1:] = keep  # one place late, as its padding of the mask has it
