@@ -174,6 +174,11 @@ class PatchEncoder(nn.Module):
         part = self.config.patch_drop or self.config.position_size or self.num_prefix > 1 or not self.has_patches
         return None if part else self.grid
 
+    @property
+    def takes_hooks(self) -> bool:
+        """Whether calls may hang hooks into the ViT for their own time: for masked patches, or for regions."""
+        return self.mask_token is not None or self.config.region_depth is not None
+
     def load_pretrained(self) -> None:
         """Fill the weights with timm's, where the recipe asks for them; a shallower model takes the first blocks.
 

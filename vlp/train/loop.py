@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from encoders.patch import PatchEncoder
 from objectives.base import Objective
 from objectives.collectives import rank, world_size
 from vlp.data.fetch import Prepare, pair_example
@@ -202,9 +203,7 @@ def wrap(model: nn.Module, config: TrainConfig, device: torch.device, leaves_out
     if config.compile and config.adversarial:
         raise ValueError("train.adversarial changes what parts of the model read, which train.compile fixes; set one")
     if config.compile:
-        for part in ("vision", "text", "fusion"):
-            if isinstance(module := getattr(model, part), nn.Module):
-                module.compile()
+        compile_parts(model)
     if world_size() == 1:
         return model
     # Buffers are constants, or equal on all ranks because what fills them is gathered: there is nothing to broadcast.
@@ -218,3 +217,17 @@ def wrap(model: nn.Module, config: TrainConfig, device: torch.device, leaves_out
             gradient_as_bucket_view=True,
             find_unused_parameters=leaves_out,
         )
+
+
+def compile_parts(model: nn.Module) -> None:
+    """Compile encoders and fusion, but for a ViT that works by hooks of single calls, which compiled code passes over.
+
+    Its masked patches would be shown, and the states of its inner layers be those of the last.
+    """
+    parts = {name: getattr(model, name) for name in ("vision", "text", "fusion")}
+    inner = getattr(parts["fusion"], "before_norm", False) or getattr(parts["fusion"], "reads_layers", 0) > 0
+    for name, part in parts.items():
+        if isinstance(part, PatchEncoder) and (inner or part.takes_hooks):
+            logger.info("train.compile leaves model.%s as it is: its patches are masked, or its layers are read", name)
+        elif isinstance(part, nn.Module):
+            part.compile()
