@@ -89,9 +89,20 @@ def stop(rank: int):
     return {}
 
 
+def statistics(*groups):
+    """What the batch norms of a free CNN remember after a step on each group."""
+    vision = GRIDS["dictionary"].model_copy(update={"dictionary": None, "freeze_norm": False})
+    model = tiny_model("none", ("itc",), vision=vision).double().train()
+    step = TrainStep(DistributedDataParallel(model) if dist.is_initialized() else model, CONFIG, seed=3, total=24)
+    for group in groups:
+        step([group])
+    return {name: value for name, value in model.state_dict().items() if ".running_" in name}
+
+
 TASKS = {
     **{case: lambda rank, case=case: train(case, 2, rank) for case in CASES},
     "accumulated": lambda rank: train("none", 2, rank, pieces=2),
+    "statistics": lambda rank: statistics(batches_of(0, EVEN)[rank]),
     "stop": stop,
 }
 
@@ -134,6 +145,15 @@ def test_two_processes_equal_one_with_the_same_groups(ranks, task):
         assert_same(first["gradients"][step], one["gradients"][step])
     assert_same(first["weights"], second["weights"])
     assert_same(first["weights"], one["weights"])
+
+
+def test_ranks_share_the_statistics_of_batch_norms(ranks):
+    """Each rank's are of its own images: else every rank would evaluate another model than the one that is saved."""
+    first, second = (found["statistics"] for found in ranks)
+    one, other = (statistics(group) for group in batches_of(0, EVEN))
+    assert first and any(not torch.equal(one[name], other[name]) for name in one)
+    assert_same(first, {name: (one[name] + other[name]) / 2 for name in one})
+    assert_same(first, second)
 
 
 def test_repeated_captions_matter():

@@ -206,7 +206,8 @@ def wrap(model: nn.Module, config: TrainConfig, device: torch.device, leaves_out
         compile_parts(model)
     if world_size() == 1:
         return model
-    # Buffers are constants, or equal on all ranks because what fills them is gathered: there is nothing to broadcast.
+    # Buffers are constants, or equal on all ranks because what fills them is gathered, or averaged by the step (batch
+    # norms): there is nothing to broadcast.
     device_ids = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():  # newer torches have another name for it, under which they broadcast once
         warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)

@@ -100,6 +100,7 @@ class TrainStep:
         self.bf16 = precision == "bf16" or (precision == "auto" and self.device.type == "cuda")
         self.optimizer = build_optimizer(inner, config)
         self.average = build_average(inner, config)
+        self._statistics = running_statistics(inner) if world_size() > 1 else []
         self._clamp_scale()
 
     def __call__(self, batches: Sequence[Batch], names: Iterable[str] | None = None) -> StepReport:
@@ -133,6 +134,7 @@ class TrainStep:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.model.after_step()
+        self._share_statistics()
         self._clamp_scale()
         if self.average is not None:
             self.average.update_parameters(self.model)
@@ -277,11 +279,29 @@ class TrainStep:
         raise NonFiniteError("; ".join(said), batches)
 
     @torch.no_grad()
+    def _share_statistics(self) -> None:
+        """Give all ranks the mean of what their batch norms remember, which is of their own images alone.
+
+        Else ranks would evaluate different models, of which the first one's is saved.
+        """
+        if self._statistics:
+            joined = sum_no_grad(torch.cat(self._statistics)) / world_size()
+            for one, mean in zip(self._statistics, joined.split([len(one) for one in self._statistics]), strict=True):
+                one.copy_(mean)
+
+    @torch.no_grad()
     def _clamp_scale(self) -> None:
         """Keep the temperature within the bounds of the objectives that train it."""
         for config in self.model.objective_configs.values():
             if isinstance(config, ItcConfig) and (space := self.model.space(config.branch)) is not None:
                 space.logit_scale.clamp_(math.log(config.min_scale), math.log(config.max_scale))
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """Return mean and variance, [C] each, of every batch norm that goes on following them: it is in training mode."""
+    kinds = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+    norms = [part for part in model.modules() if isinstance(part, kinds) and part.training]
+    return [one for part in norms for one in (part.running_mean, part.running_var) if one is not None]
 
 
 def sum_by_name(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
