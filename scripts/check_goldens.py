@@ -1,7 +1,8 @@
 """Compare loaded reference checkpoints with what the references recorded: ``python scripts/check_goldens.py DIR...``.
 
-Every folder below the given ones that holds a case.json is a case. One line a case, then ``N of M cases pass``; exit
-status 1 if any fails.
+Every folder below the given ones that holds a case.json is a case. Where it shares the weights of another case, that
+may lie beside it, elsewhere below the given ones, or in tests/goldens. One line a case, then ``N of M cases pass``;
+exit status 1 if any fails.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from scripts.goldens import misc
 from scripts.goldens.base import Case, Verdict, run_case
 from scripts.goldens.cases import ADAPTERS
+
+SUITE = Path(__file__).resolve().parents[1] / "tests" / "goldens"
 
 
 def check(case: Case) -> Verdict:
@@ -49,7 +52,8 @@ def main() -> int:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     found = sorted(path.parent for folder in arguments.folders for path in folder.rglob("case.json"))
-    cases = [Case(folder) for folder in found if re.search(arguments.only, folder.name)]
+    elsewhere = (*dict.fromkeys(folder.parent for folder in found), SUITE)
+    cases = [Case(folder, elsewhere) for folder in found if re.search(arguments.only, folder.name)]
     passed = 0
     for case in cases:
         verdict = check(case)

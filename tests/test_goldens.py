@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ def test_golden(folder: Path) -> None:
     verdict = check(Case(folder))
     assert verdict.passed, verdict.line()
     assert verdict.compared > 0
+
+
+def test_shared_weights_may_lie_elsewhere(tmp_path: Path) -> None:
+    """A case that shares another's weights is whole without it where that is given, too."""
+    alone = shutil.copytree(ROOT / "tests" / "goldens" / "uniter_mrc", tmp_path / "uniter_mrc")
+    assert not Case(alone).weights.is_file()
+    verdict = check(Case(alone, (tmp_path, ROOT / "tests" / "goldens")))
+    assert verdict.passed and verdict.compared, verdict.line()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts" / "goldens").glob("*.py")), ids=lambda path: path.stem)

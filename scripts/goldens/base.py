@@ -34,6 +34,8 @@ class Case:
     """A golden case as it lies on disk."""
 
     folder: Path
+    elsewhere: tuple[Path, ...] = ()
+    """Where the case whose weights this one shares is looked for, if it does not lie beside this one."""
 
     @property
     def name(self) -> str:
@@ -75,9 +77,11 @@ class Case:
 
     @cached_property
     def weights(self) -> Path:
-        """The file of weights."""
-        folder = self.folder.parent / (self.meta.get("weights_from") or self.name)
-        return next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), folder)
+        """The file of weights: of this case, or of the one that it names."""
+        of = self.meta.get("weights_from") or self.name
+        folders = [place / of for place in (self.folder.parent, *self.elsewhere)]
+        files = (folder / name for folder in folders for name in WEIGHT_FILES)
+        return next((file for file in files if file.is_file()), folders[0])
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         path = self.folder / name
