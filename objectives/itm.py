@@ -50,6 +50,9 @@ class ItmConfig(ObjectiveSettings):
     then gathered, texts padded to `model.text.max_length`."""
     number: int = Field(1, ge=1)
     """False images and false texts drawn for each pair of the scheme `both`, all different."""
+    listwise: float = Field(0.0, ge=0)
+    """Of the scheme `both`: weight, beside the binary cross-entropy, of that over each text's images and each image's
+    texts, the true one among those drawn: reranking compares pairs (as the objective `rank` does)."""
     exclude: Positives = "id_or_caption"
     """Pairs that are never drawn as negatives."""
     floor: float = 0.0
@@ -79,6 +82,11 @@ class ItmConfig(ObjectiveSettings):
         if self.classes == 3 and self.scheme != "given":
             raise ValueError(
                 "objectives.itm.classes 3 tells false texts from false tags, which only the data know; use scheme given"
+            )
+        if self.listwise and self.scheme != "both":
+            raise ValueError(
+                f"objectives.itm.listwise {self.listwise:g} compares a pair with false ones of its own, which scheme "
+                f"{self.scheme} does not draw; use scheme both, or leave listwise out"
             )
         if self.negatives == "hard" and spec.embed_width is None:
             raise ValueError(
@@ -111,7 +119,8 @@ class Itm(Objective):
         if self.config.classes == 3:
             return None  # the data's shares
         true = 1 / (1 + 2 * self.config.number) if self.config.scheme == "both" else 1 / 2
-        return -true * math.log(true) - (1 - true) * math.log(1 - true)
+        lists = self.config.listwise * math.log(1 + self.config.number)
+        return -true * math.log(true) - (1 - true) * math.log(1 - true) + lists
 
     @torch.no_grad()
     def rows(self, results: Results, batch: Batch, draw: Draw) -> dict[str, Rows]:
@@ -175,7 +184,10 @@ class Itm(Objective):
         return max(0.0, (seen - first) / (last - first)) if last > first else 0.0
 
     def forward(self, results: Results, batch: Batch, draw: Draw) -> LossOutput:
-        """Cross-entropy of match against no match, mean over all rows; a row that found no negative has no loss."""
+        """Cross-entropy of match against no match, mean over all rows, and of lists where they are asked for.
+
+        A row that found no negative has no loss.
+        """
         if self.given:
             logits = self.head(results[self.pairs].pooled)
             loss, right = match_terms(logits, self._label(batch))
@@ -193,7 +205,10 @@ class Itm(Objective):
             label = torch.cat([torch.ones_like(own), torch.zeros_like(drawn.image_index)])
             weight = torch.cat([torch.ones_like(own, dtype=logits.dtype), found.to(logits.dtype)])
         loss, right = match_terms(logits, label)
-        return LossOutput((loss * weight).mean(), {"accuracy": (right * weight).sum() / weight.sum()})
+        total = (loss * weight).mean()
+        if self.config.listwise:
+            total = total + self.config.listwise * list_terms(_odds(logits), found, self.config.number).mean()
+        return LossOutput(total, {"accuracy": (right * weight).sum() / weight.sum()})
 
     def _label(self, batch: Batch) -> Tensor:
         """Class of each given pair, [T] int64."""
@@ -211,14 +226,35 @@ class Itm(Objective):
 
     def log_odds(self, pooled: Tensor) -> Tensor:
         """Pooled fused vectors [M, W] -> log odds [M] of a match."""
-        logits = self.head(pooled)
-        return logits[:, 1] - logits[:, [one for one in range(self.config.classes) if one != 1]].logsumexp(1)
+        return _odds(self.head(pooled))
 
 
 def match_terms(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [M, 2 or 3] and labels [M] int64 -> each row's loss [M], and whether it is right [M], 0 or 1."""
     loss = F.cross_entropy(logits.float(), label, reduction="none")
     return loss, (logits.detach().argmax(1) == label).float()
+
+
+def list_terms(odds: Tensor, found: Tensor, number: int) -> Tensor:
+    """Cross-entropy of the true pair in each text's list of images and each image's list of texts.
+
+    Args:
+        odds: score of each pair [T x (1 + 2 number)]: the true ones, then those with false images, then false texts.
+        found: whether a false pair is one [T x 2 number]; else it is left out.
+        number: false images, and false texts, of each true pair.
+
+    Returns:
+        [2, T]: by text, by image.
+    """
+    lists = 2 * number + 1
+    true, false = odds.float().unflatten(0, (lists, -1)).split([1, 2 * number])
+    false = false.masked_fill(~found.unflatten(0, (2 * number, -1)), -torch.inf)
+    return torch.stack([torch.cat([true, one]).logsumexp(0) - true[0] for one in false.split(number)])
+
+
+def _odds(logits: Tensor) -> Tensor:
+    """Logits [M, 2 or 3] -> log odds [M] of class 1."""
+    return logits[:, 1] - logits[:, [one for one in range(logits.shape[1]) if one != 1]].logsumexp(1)
 
 
 def distinct(draw: Draw, name: str, weights: Tensor, otherwise: Tensor, number: int) -> Tensor:

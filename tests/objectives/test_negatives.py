@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from encoders.types import Batch
 from objectives import ItcConfig, ItmConfig
-from objectives.base import Draw, Embed, ModelSpec, Results
+from objectives.base import Draw, Embed, Fuse, Fused, ModelSpec, Results
 from objectives.itc import contrastive, similarities
 
 SPEC = ModelSpec(
@@ -114,10 +114,9 @@ def test_hard_negatives_follow_the_similarity_and_the_ramp_leads_there():
     assert shares == pytest.approx([1 / 3, 2 / 3, 1], abs=0.05)
 
 
-def test_rows_without_a_negative_have_no_loss():
-    from objectives.base import Fuse, Fused
-
-    objective = ItmConfig().build(SPEC)
+@pytest.mark.parametrize("listwise", [0.0, 0.5])
+def test_rows_without_a_negative_have_no_loss(listwise):
+    objective = ItmConfig(listwise=listwise).build(SPEC)
     batch = tiny_batch(3, ids=[5, 5, 5])
     results = random_batch(0)[1]
     results[Embed("image")] = results[Embed("text")] = torch.eye(4)[:3]
@@ -130,6 +129,40 @@ def test_rows_without_a_negative_have_no_loss():
     loss.backward()
     assert results[Fuse(rows="itm")].pooled.grad.abs().max() == 0
     assert loss.isfinite() and loss > 0
+
+
+def test_lists_are_each_texts_images_and_each_images_texts():
+    """Against the definition, pair by pair; false pairs that were not found are in no list."""
+    objective = ItmConfig(number=2, listwise=0.7).build(SPEC)
+    plain = ItmConfig(number=2).build(SPEC)
+    plain.load_state_dict(objective.state_dict())
+    generator = torch.Generator().manual_seed(1)
+    lists_of_one = 0
+    for seed in range(30):
+        batch, results = random_batch(seed)
+        results.rows = objective.rows(results, batch, Draw(1, seed))
+        rows, texts = results.rows["itm"], batch.num_texts
+        own = batch.image_of_text.tolist() if batch.image_of_text is not None else list(range(texts))
+        results[Fuse()] = Fused(None, None, torch.randn(texts, 4, generator=generator))
+        results[Fuse(rows="itm")] = Fused(None, None, torch.randn(4 * texts, 4, generator=generator))
+        true, false = (objective.log_odds(results[one].pooled) for one in (Fuse(), Fuse(rows="itm")))
+        losses = []
+        for text in range(texts):
+            for first in (0, 2 * texts):  # false images of this text, then false texts of its image
+                at = [first + text, first + texts + text]
+                drawn = [(rows.image_index[n].item(), rows.text_index[n].item()) for n in at]
+                scores = [false[n] for n, pair in zip(at, drawn, strict=True) if pair != (own[text], text)]
+                lists_of_one += not scores
+                losses.append(-torch.stack([true[text], *scores]).log_softmax(0)[0])
+        expected = plain(results, batch, Draw(0)).loss + 0.7 * torch.stack(losses).mean()
+        torch.testing.assert_close(objective(results, batch, Draw(0)).loss, expected)
+    assert lists_of_one > 5
+    assert objective.chance(9) == pytest.approx(plain.chance(9) + 0.7 * np.log(3))
+
+
+def test_lists_want_false_pairs_of_their_own():
+    with pytest.raises(ValueError, match=r"objectives\.itm\.listwise 1 .* use scheme both"):
+        ItmConfig(scheme="replace_image", listwise=1).build(SPEC)
 
 
 def test_contrastive_loss_with_several_positives():
