@@ -16,6 +16,7 @@ from vlp.config import Config
 from vlp.data.instruct import check_instructions
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, decode_texts, open_reader
+from vlp.data.records import read_words
 from vlp.data.sources import MAIN
 from vlp.data.split import split_by_image
 from vlp.data.tokenizer import Tokenizer, build_tokenizer
@@ -84,10 +85,10 @@ def settle(run: R) -> R:
 
 
 def captions(reader: Reader, data: DataConfig) -> Iterator[str]:
-    """Yield the data's texts without decoding an image; samples that cannot be read are left to the loader to count."""
+    """Yield the data's texts without reading an image; samples that cannot be read are left to the loader to count."""
     for index in range(len(reader)):
         try:
-            raw = reader[index]
+            raw = read_words(reader, index)
             yield from decode_texts(raw, text=data.text)
             if data.alternates is not None:
                 yield from decode_texts(raw, text=data.alternates)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from vlp.data.batch import stable_hash
 from vlp.data.group import Groups, without_images
 from vlp.data.reader import BadSample, Reader, decode_texts
+from vlp.data.records import read_words
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def _captions(reader: Reader, indices: Iterable[int], text: str | None) -> list[
     found: list[str] = []
     for index in indices:
         try:
-            found += decode_texts(without_images(reader[int(index)]), text=text)
+            found += decode_texts(without_images(read_words(reader, int(index))), text=text)
         except BadSample:
             continue
     return found

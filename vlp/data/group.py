@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlp.data.reader import BadSample, RawSample, Reader, decode_sample
-from vlp.data.records import IMAGE_EXTENSIONS
+from vlp.data.records import IMAGE_EXTENSIONS, read_words
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Groups:
 
 
 def group_samples(reader: Reader, field: str) -> Groups:
-    """Group the samples by the value of ``field``; reads all of them, but decodes no image.
+    """Group the samples by the value of ``field``; reads all of them, but no image where the reader can leave that out.
 
     One that cannot be read or lacks the field is a group of its own, for the loader to count.
 
@@ -52,7 +52,7 @@ def group_samples(reader: Reader, field: str) -> Groups:
 
 def _value(reader: Reader, index: int, field: str) -> str | None:
     try:
-        sample = decode_sample(without_images(reader[index]), need_image=False, need_text=False)
+        sample = decode_sample(without_images(read_words(reader, index)), need_image=False, need_text=False)
     except BadSample:
         return None
     value = sample.fields.get(field)

@@ -30,6 +30,7 @@ from vlp.data.records import (
     Reader,
     digest,
     place_of,
+    read_words,
 )
 from vlp.data.scenes import SCHEME as SCENES
 from vlp.data.scenes import ScenesReader
@@ -179,10 +180,19 @@ class ConcatReader:
         Raises:
             BadSample: If a part of it cannot be read.
         """
+        reader, number = self._at(index)
+        return reader[number]
+
+    def words(self, index: int) -> RawSample:
+        """Read sample ``index`` without its images."""
+        return read_words(*self._at(index))
+
+    def _at(self, index: int) -> tuple[Reader, int]:
+        """The reader that has sample ``index``, and its number there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         part = int(np.searchsorted(self._ends, index, side="right"))
-        return self._readers[part][index - (int(self._ends[part - 1]) if part else 0)]
+        return self._readers[part], index - (int(self._ends[part - 1]) if part else 0)
 
 
 def decode_sample(

@@ -115,6 +115,27 @@ class OnDisk(Protocol):
         """Yield their paths or urls; some may be missing."""
 
 
+@runtime_checkable
+class ReadsWords(Protocol):
+    """A reader that can leave out what takes the longest to read."""
+
+    def words(self, index: int) -> RawSample:
+        """Read sample ``index`` without its images and arrays.
+
+        Raises:
+            BadSample: If what is read of it cannot be read, or a file with an image is not there.
+        """
+
+
+def read_words(reader: Reader, index: int) -> RawSample:
+    """Read a sample for its texts and fields; of a reader that is ``ReadsWords`` no image is read.
+
+    Raises:
+        BadSample: If it cannot be read.
+    """
+    return reader.words(index) if isinstance(reader, ReadsWords) else reader[index]
+
+
 @dataclass(frozen=True, slots=True)
 class Blobs:
     """An immutable list of byte strings in two arrays.

@@ -20,10 +20,12 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from vlp.data.records import BadSample, Blobs, Key, RawSample, digest, matches, nothing_left
+from vlp.data.records import IMAGE_EXTENSIONS, BadSample, Blobs, Key, RawSample, digest, matches, nothing_left
 from vlp.data.tar_index import ShardIndex, default_index_cache, expand_shards, is_local, load_index
 
 log = logging.getLogger(__name__)
+
+_NO_WORDS = IMAGE_EXTENSIONS | {"npz", "npy"}
 
 
 class _OpenFile:
@@ -95,17 +97,33 @@ class ShardReader:
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
+        members = range(self._index.first[index], self._index.first[index + 1])
+        return self._sample(index, [members])  # they follow each other: one read, headers included
+
+    def words(self, index: int) -> RawSample:
+        """Read sample ``index`` without its images and arrays."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        members = range(self._index.first[index], self._index.first[index + 1])
+        wanted = [member for member in members if self._extension(member).rsplit(".", 1)[-1] not in _NO_WORDS]
+        # An image may lie between them; of a remote shard it is read too, as every read is a round trip.
+        local = is_local(self._shards[int(self._index.shard[index])].decode())
+        return self._sample(index, [[member] for member in wanted] if local or not wanted else [wanted])
+
+    def _extension(self, member: int) -> str:
+        return self._index.extensions[self._index.extension[member]]
+
+    def _sample(self, index: int, runs: Sequence[Sequence[int]]) -> RawSample:
+        """Sample ``index`` with these of its members, each run of them in one read."""
         here, shard = self._index, int(self._index.shard[index])
-        key = Key(here.keys[index].decode("utf-8", "replace"), self._shards[shard].decode())
-        members = slice(here.first[index], here.first[index + 1])
-        offsets, sizes = here.offset[members].tolist(), here.size[members].tolist()
-        # The members of a sample follow each other: one read, headers included.
-        data = self._read(shard, offsets[0], offsets[-1] + sizes[-1], key)
-        files = {
-            here.extensions[code]: data[offset - offsets[0] : offset - offsets[0] + size]
-            for code, offset, size in zip(here.extension[members].tolist(), offsets, sizes)
-        }
-        return RawSample(key, self._shards[shard].decode(), files)
+        source = self._shards[shard].decode()
+        key, files = Key(here.keys[index].decode("utf-8", "replace"), source), dict[str, bytes]()
+        for members in runs:
+            offsets, sizes = ([int(array[member]) for member in members] for array in (here.offset, here.size))
+            data = self._read(shard, offsets[0], offsets[-1] + sizes[-1], key)
+            for member, offset, size in zip(members, offsets, sizes, strict=True):
+                files[self._extension(member)] = data[offset - offsets[0] : offset - offsets[0] + size]
+        return RawSample(key, source, files)
 
     def _read(self, shard: int, start: int, end: int, key: str) -> bytes:
         url = self._shards[shard].decode()

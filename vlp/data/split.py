@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlp.data.reader import BadSample, RawSample, Reader
-from vlp.data.records import IMAGE_EXTENSIONS, OnDisk, digest
+from vlp.data.records import IMAGE_EXTENSIONS, OnDisk, digest, read_words
 
 LARGEST = 5000
 """Images that are held out at most, whatever their share."""
@@ -55,9 +55,17 @@ class SubsetReader:
         Raises:
             BadSample: If a part of it cannot be read.
         """
+        return self._reader[self._number(index)]
+
+    def words(self, index: int) -> RawSample:
+        """Read sample ``index`` of these without its images."""
+        return read_words(self._reader, self._number(index))
+
+    def _number(self, index: int) -> int:
+        """Number of sample ``index`` among all."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._reader[int(self.indices[index])]
+        return int(self.indices[index])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import json
 import logging
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -252,6 +253,13 @@ class TableReader:
         Raises:
             BadSample: If an image file cannot be read.
         """
+        return self._sample(index, Path.read_bytes)
+
+    def words(self, index: int) -> RawSample:
+        """Read row ``index`` without its images, whose files are only looked for."""
+        return replace(self._sample(index, _nothing_of), files={})
+
+    def _sample(self, index: int, content: Callable[[Path], bytes]) -> RawSample:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = index if self._kept is None else int(self._kept[index])
@@ -261,15 +269,15 @@ class TableReader:
             # An image inside the table is moved to the files: fields stay small.
             cell = fields.get(column)
             inside = isinstance(cell, bytes | dict) or (isinstance(cell, list) and any(map(_is_image, cell)))
-            images += self._images(key, column, fields.pop(column, None) if inside else cell)
+            images += self._images(key, column, fields.pop(column, None) if inside else cell, content)
         only = len(images) == 1
         files = {ext if only else f"{i}.{ext}": data for i, (ext, data) in enumerate(images)}
         return RawSample(key, self.name, files, fields, self._texts(key, fields))
 
-    def _images(self, key: str, column: str, cell: Any) -> list[tuple[str, bytes]]:
+    def _images(self, key: str, column: str, cell: Any, content: Callable[[Path], bytes]) -> list[tuple[str, bytes]]:
         """Extension and content of the images in one cell."""
         if isinstance(cell, list):
-            return [image for item in cell for image in self._images(key, column, item)]
+            return [image for item in cell for image in self._images(key, column, item, content)]
         if isinstance(cell, dict) and not cell.get("bytes"):
             cell = cell.get("path")
         if isinstance(cell, bytes | dict):
@@ -278,7 +286,7 @@ class TableReader:
             raise BadSample(key, f"no image path in column '{column}'")
         try:
             extension = "npz" if cell.lower().endswith(".npz") else _extension(cell)
-            return [(extension, (self._root / cell).read_bytes())]
+            return [(extension, content(self._root / cell))]
         except (OSError, ValueError) as error:
             raise BadSample(key, f"cannot read image '{cell}': {error}") from error
 
@@ -297,6 +305,13 @@ class TableReader:
         cell = fields.get(self._text_column) if self._text_column is not None else None
         cells = cell if isinstance(cell, list) else [cell]
         return tuple(str(item) for item in cells if item is not None)
+
+
+def _nothing_of(path: Path) -> bytes:
+    """Look for a file, and leave it unread."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file '{path}'")
+    return b""
 
 
 @cache
@@ -365,11 +380,18 @@ class FolderReader:
         Raises:
             BadSample: If the image or its text cannot be read.
         """
+        return self._sample(index, Path.read_bytes)
+
+    def words(self, index: int) -> RawSample:
+        """Read the text of image ``index``."""
+        return replace(self._sample(index, _nothing_of), files={})
+
+    def _sample(self, index: int, content: Callable[[Path], bytes]) -> RawSample:
         key = Key(os.fsdecode(self._names[index]), self.name)
         path = self._root / key
         caption = path.with_suffix(".txt")
         try:
-            files = {_extension(key): path.read_bytes()}
+            files = {_extension(key): content(path)}
             texts = (caption.read_text(encoding="utf-8"),) if caption.exists() else ()
         except (OSError, UnicodeDecodeError) as error:
             raise BadSample(key, f"cannot read it or its caption: {error}") from error

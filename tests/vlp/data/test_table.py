@@ -4,14 +4,16 @@ import json
 import logging
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vlp.data.reader import decode_sample, open_reader
-from vlp.data.records import BadSample, Blobs
-from vlp.data.shards import write_shards
+from vlp.data.reader import decode_sample, decode_texts, open_reader
+from vlp.data.records import BadSample, Blobs, ReadsWords, read_words
+from vlp.data.shards import ShardReader, write_shards
+from vlp.data.split import split_by_image
 from vlp.data.table import FolderReader, TableReader
 
 CAPTIONS = ['a "red" cat, sitting', "ein grüner Hund", "two\nlines", "left arrow"]
@@ -89,6 +91,39 @@ def test_every_format_gives_the_same_samples(folder, form):
         reader[4]
     if form != "folder":
         assert decode_sample(reader[1]).fields == rows()[1]
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "tar", "folder", "list", "split"])
+def test_words_are_read_without_images(folder, form, monkeypatch):
+    """A tokenizer is trained on all captions: to read 200,000 images on each rank for it would take hours."""
+    if form == "list":
+        reader = open_reader([make("csv", folder), make("jsonl", folder)])
+    elif form == "split":
+        whole = open_reader(make("csv", folder))
+        reader = split_by_image(whole, 0.25).of(whole, "train")
+    else:
+        reader = open_reader(make(form, folder))
+    whole = [decode_sample(reader[i]) for i in range(len(reader))]
+    json_and_text = [reader[i].files[name] for i in range(len(reader)) for name in ("json", "txt") if form == "tar"]
+    read, sizes = ShardReader._read, []
+    monkeypatch.setattr(ShardReader, "_read", lambda self, *at: sizes.append(at[2] - at[1]) or read(self, *at))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} is read"))
+    assert isinstance(reader, ReadsWords)
+    for i, sample in enumerate(whole):
+        words = read_words(reader, i)
+        assert decode_texts(words) == sample.texts and words.key == sample.key
+        assert decode_sample(words, need_image=False).fields == sample.fields
+    assert sum(sizes) == sum(map(len, json_and_text)) if form == "tar" else not sizes
+    with pytest.raises(IndexError):
+        read_words(reader, len(reader))
+
+
+def test_words_of_a_row_without_its_image_are_none(folder):
+    """So that they are left out as the sample is: vocabulary and groups are those of what can be read."""
+    reader = open_reader(make("csv", folder))
+    (folder / "images" / "1.png").unlink()
+    with pytest.raises(BadSample, match=r"cannot read image 'images/1\.png'"):
+        read_words(reader, 1)
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "tar"])
