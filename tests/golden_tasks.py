@@ -32,7 +32,7 @@ from downstream.snli_ve import SnliVeConfig
 from downstream.task import TaskConfig
 from downstream.verdict import VerdictConfig, VerdictSurvey, same
 from downstream.vqa import VqaConfig, VqaSurvey
-from encoders.types import Batch, Images, Texts, Vocabulary
+from encoders.types import Batch, Images, Regions, Texts, Vocabulary
 from objectives.base import Replay
 from scripts.goldens.base import Adapter, Case
 from scripts.goldens.cases import ADAPTERS
@@ -274,13 +274,13 @@ def written_vqa(case: Case) -> None:
     near(recorded.loss(recorded.batch, "lm"), recorded.output("loss"))
 
 
-def gallery_of(pixels: Tensor, text: Texts, owner: Tensor) -> Gallery:
+def gallery_of(pixels: Tensor, text: Texts, owner: Tensor, kind: type[Gallery] = Gallery, **more: Any) -> Gallery:
     """Recorded images and texts as a gallery."""
     words = [np.array(ids[keep].tolist()) for ids, keep in zip(text.ids, text.keep, strict=True)]
     pad = int(text.ids[~text.keep][0]) if not text.keep.all() else 0
     names, captions = [str(row) for row in range(len(pixels))], [str(row) for row in range(len(words))]
     stored: Any = list(pixels)
-    return Gallery(stored, words, owner, names, captions, pad)
+    return kind(stored, words, owner, names, captions, pad, **more)
 
 
 def ranking(case: Case) -> None:
@@ -301,6 +301,34 @@ def ranking(case: Case) -> None:
     run = task.adapt(run, recorded.loaded.config.objectives, None)
     assert run.objectives == recorded.loaded.config.objectives
     near(recorded.loss(recorded.batch, "rank"), case.outputs["loss_irtr"])
+
+
+@dataclass(frozen=True)
+class RegionGallery(Gallery):
+    """Images that are numbers of rows of recorded regions."""
+
+    regions: Regions | None = None
+
+    def shown(self, model: Any, pictures: Sequence[Any]) -> Regions:
+        assert self.regions is not None and self.regions.keep is not None
+        rows = torch.stack(list(pictures))
+        return Regions(self.regions.features[rows], self.regions.boxes[rows], self.regions.keep[rows])
+
+
+def region_ranking(case: Case) -> None:
+    """UNITER's retrieval: the scores of recorded pairs as a gallery of regions finds them; the training loss."""
+    recorded, task = Recorded(case), RetrievalConfig(k=10)
+    model = recorded.loaded.model
+    regions, text = recorded.batch.images["clean"], recorded.batch.texts["clean"]
+    assert isinstance(regions, Regions) and task.lacks(model) is None
+    rows = torch.arange(len(text.ids))
+    found = task.search(model, gallery_of(rows, text, rows, RegionGallery, regions=regions), {}).i2t
+    assert found.itc is None and found.itm is not None
+    by_pair = torch.empty_like(found.itm).scatter(1, found.index, found.itm)
+    near(by_pair.diagonal(), case.outputs["scores"][:, 0])
+    run = finetune_config(recorded.loaded, "x", {"task": {"kind": "retrieval"}})
+    assert task.adapt(run, recorded.loaded.config.objectives, None).objectives == recorded.loaded.config.objectives
+    near(recorded.loss(recorded.batch, "rank"), case.outputs["loss"])
 
 
 def retrieval(case: Case) -> None:
@@ -438,6 +466,7 @@ CHECKS: dict[str, Check] = {
     r"hf_blip_caption": lambda case, _: hf_blip_captions(case),
     r"beit3_captioning": lambda case, _: masked_captions(case),
     r"(vilt|meter)_irtr": lambda case, _: ranking(case),
+    r"uniter_itm_rank": lambda case, _: region_ranking(case),
     r"albef_retrieval(_nodistill)?|blip_retrieval(_negall)?|blip_itm|beit3_retrieval": lambda case, _: retrieval(case),
 }
 """Which cases are of which task."""
