@@ -35,9 +35,14 @@ class TrainConfig(Config):
     """Noise on words or regions that raises the loss (VILLA); none = no noise."""
     seed: int = 0
     """Of initial weights, data order, masks and negatives."""
-    save_every: int | None = None
-    """Samples between checkpoints; None = only at the end and when interrupted."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Samples between checkpoints; None = a twentieth of the run, at least 250,000. The end and a signal save too."""
     keep: int = Field(2, ge=1)
     """Checkpoints kept, newest first."""
     log_every: int = Field(10, ge=1)
     """Steps between two records of the log."""
+
+    @property
+    def saved_every(self) -> int:
+        """Samples between checkpoints: a machine that fails, or a loss that is not finite, costs no more than these."""
+        return self.save_every or max(self.samples // 20, 250_000)

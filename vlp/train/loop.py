@@ -146,7 +146,7 @@ class _Steps:
                     tell(self.meter.record(), self.log, self.watch)
                 verdict = self._evaluate(report, last)
                 finished, stopping = last or verdict.stop, agreed(stop.is_set())
-                if passed(config.save_every, report) or finished or stopping or verdict.best:
+                if passed(config.saved_every, report) or finished or stopping or verdict.best:
                     memory = {"meter": self.meter.state(), "positions": loader.positions}
                     self.state.save(seen, self.meter.latest, memory, best=verdict.best)
                 if stopping and not finished:
@@ -167,9 +167,9 @@ class _Steps:
         return verdict
 
 
-def passed(every: int | None, report: StepReport) -> bool:
+def passed(every: int, report: StepReport) -> bool:
     """Return whether a step passed a multiple of ``every`` samples."""
-    return every is not None and report.seen // every > report.started // every
+    return report.seen // every > report.started // every
 
 
 def tell(record: Mapping[str, Any], log: RunLog, watch: Watch) -> None:
