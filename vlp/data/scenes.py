@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -63,16 +64,22 @@ class ScenesReader:
 
     def __getitem__(self, index: int) -> RawSample:
         """Draw scene ``index``."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        row = self._rows[index]
-        caption = f"{row['first']} {row['relation']} {row['second']}"
+        raw = self.words(index)
+        row = raw.fields
         scene = Image.new("RGB", (_SIDE, _SIDE), "white")
         for corner, name in zip(RELATIONS[row["relation"]], ("first", "second"), strict=True):
             scene.paste(self._emoji[row["style"], row[name]], corner)
         content = io.BytesIO()
         scene.save(content, "PNG", compress_level=1)
-        return RawSample(f"{row['style']}/{caption}", self.name, {"png": content.getvalue()}, dict(row), (caption,))
+        return replace(raw, files={"png": content.getvalue()})
+
+    def words(self, index: int) -> RawSample:
+        """Read scene ``index`` without drawing it."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        row = self._rows[index]
+        caption = f"{row['first']} {row['relation']} {row['second']}"
+        return RawSample(f"{row['style']}/{caption}", self.name, {}, dict(row), (caption,))
 
 
 def _emoji(style: str) -> dict[str, Image.Image]:

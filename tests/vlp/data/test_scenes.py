@@ -1,6 +1,7 @@
 """Scenes of two emoji: who stands where, and which pairs are kept for test."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,7 @@ def test_several_styles_and_a_copy_read_alike(scenes):
     both = open_reader("emoji-scenes:noto, twemoji")
     assert len(both) == 2 * len(scenes) == 5040
     assert both[7].files == scenes[7].files
+    assert both.words(7) == replace(both[7], files={})
     assert pickle.loads(pickle.dumps(both))[2600].files == both[2600].files
     assert both.fingerprint != scenes.fingerprint
     assert [path.rsplit("/", 1)[-1] for path in both.paths()] == ["noto.tar", "twemoji.tar"]
