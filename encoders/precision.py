@@ -13,3 +13,8 @@ def full_precision(of: Tensor) -> AbstractContextManager[Any]:
     """Turn autocast off on a tensor's device, where there is any (not on meta)."""
     device = of.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def finest(device: torch.device) -> torch.dtype:
+    """Return the finest kind of numbers that a device has: Apple's GPUs (mps) know no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from encoders.codebook import Codebook
+from encoders.precision import finest
 from encoders.types import AttentionKind, Batch, Modality, Tokens, Vocabulary
 
 MAIN = "main"
@@ -141,9 +142,10 @@ class Draw:
         caller must leave the row out).
         """
         level = self.uniform(name, weights.shape[:1], weights.device)
-        mass = weights.double().cumsum(1)
+        exact = finest(weights.device)
+        mass = weights.to(exact).cumsum(1)
         # Inverse of the cumulative distribution: the first column whose mass exceeds the level, which is < the total.
-        threshold = level.double()[:, None] * mass[:, -1:]
+        threshold = level.to(exact)[:, None] * mass[:, -1:]
         return (mass <= threshold).sum(1).clamp(max=weights.shape[1] - 1)
 
     def bernoulli(self, name: str, probability: float, shape: Sequence[int], device: torch.device | str) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from encoders.precision import finest
 from encoders.types import AttentionKind, Batch, Vocabulary
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, Results, Side, ViewText
 from objectives.heads import WordHead, labelled, word_head
@@ -144,7 +145,7 @@ def mean_of_best(losses: Tensor, real: Tensor, drop: float) -> Tensor:
     """
     count = real.sum()
     if drop > 0:
-        kept = (count.double() * (1 - drop)).floor()
+        kept = (count.to(finest(count.device)) * (1 - drop)).floor()
         losses = losses.masked_fill(~real, torch.inf).sort().values
         real = torch.arange(len(losses), device=losses.device) < kept
         count = kept
