@@ -6,6 +6,8 @@ Shapes: B batch, P patches, N tokens (prefix tokens and patches), D width.
 from __future__ import annotations
 
 import logging
+import threading
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -21,6 +23,9 @@ from encoders.types import Images, Tokens
 from vlp.config import Config
 
 logger = logging.getLogger(__name__)
+
+_HOOKS = threading.RLock()
+"""Held while hooks hang in a ViT: they are the module's, and threads that serve one model would get each other's."""
 
 
 class PatchConfig(Config):
@@ -208,8 +213,17 @@ class PatchEncoder(nn.Module):
             )
         if images.owner is not None:
             return self.regions(images, whole=False)[0]
-        pixels = self._normalised(images.pixels)
         keep = self._keep(images.keep)
+        with _HOOKS if layers or images.masked is not None else nullcontext():
+            states, every = self._states(images, keep, layers)
+        if self.queries is not None:
+            states, pooled = self.queries(states, keep)
+            return Tokens(states, None, pooled, tuple(every) if layers else None)
+        return Tokens(states, keep, self._pool(states, keep), tuple(every) if layers else None)
+
+    def _states(self, images: Images, keep: Tensor | None, layers: bool) -> tuple[Tensor, list[Tensor]]:
+        """Images and keep [B, N] -> states [B, N, D], and with ``layers`` those of every layer."""
+        pixels = self._normalised(images.pixels)
         # Not every ViT of timm takes a mask (BEiT does not), so none is given where none is needed.
         given: dict[str, Any] = {} if keep is None else {"attn_mask": keep[:, None, None, :]}
         every: list[Tensor] = []
@@ -230,11 +244,7 @@ class PatchEncoder(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        every = every or [states]
-        if self.queries is not None:
-            states, pooled = self.queries(states, keep)
-            return Tokens(states, None, pooled, tuple(every) if layers else None)
-        return Tokens(states, keep, self._pool(states, keep), tuple(every) if layers else None)
+        return states, every or [states]
 
     def regions(self, images: Images, whole: bool = True) -> tuple[Tokens, Tokens]:
         """Regions of pictures -> Tokens of the regions [B, N, D], and of the pictures themselves [pixels, N, D].
@@ -258,13 +268,14 @@ class PatchEncoder(nn.Module):
         def mask(_: nn.Module, inputs: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return inputs, {**given, "attn_mask": seen[:, None, None, :]}
 
-        hooks = [blocks[first].register_forward_pre_hook(spread)]
-        hooks += [block.register_forward_pre_hook(mask, with_kwargs=True) for block in blocks[first:]]
-        try:
-            states = self.vit.forward_features(self._normalised(images.pixels))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with _HOOKS:
+            hooks = [blocks[first].register_forward_pre_hook(spread)]
+            hooks += [block.register_forward_pre_hook(mask, with_kwargs=True) for block in blocks[first:]]
+            try:
+                states = self.vit.forward_features(self._normalised(images.pixels))
+            finally:
+                for hook in hooks:
+                    hook.remove()
         parts = states[: len(owner)], states[len(owner) :]
         return Tokens(parts[0], keep, self._pool(parts[0], keep)), Tokens(parts[1], None, self._pool(parts[1], None))
 

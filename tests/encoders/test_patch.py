@@ -1,5 +1,8 @@
 """`patch` on ViTs of several kinds: hidden states on request, masks only where there are any."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -20,6 +23,18 @@ def test_layers_end_in_the_states(settings):
     assert torch.equal(found.states, encoder(Images(PIXELS)).states)
     assert torch.equal(encoder.vit.blocks[0](found.layers[0]), found.layers[1])
     assert torch.equal(encoder.finish(found.layers[-1]), found.states)
+
+
+def test_threads_that_serve_one_model_get_their_own_layers():
+    """Layers come by hooks, which are the module's: without a lock each of two threads would get those of both."""
+    encoder = PatchConfig(**SMALL, depth=2).build().eval()
+    images = [Images(PIXELS[:1]), Images(PIXELS[1:])]
+    wanted = [encoder(one, layers=True).layers for one in images]
+    encoder.vit.blocks[0].register_forward_pre_hook(lambda *given: time.sleep(0.02))  # so that the two would meet
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda one: encoder(one, layers=True).layers, images))
+    for own, right in zip(found, wanted, strict=True):
+        assert len(own) == 3 and all(map(torch.equal, own, right))
 
 
 def test_the_only_layer_of_bare_embeddings_is_themselves():
