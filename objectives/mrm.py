@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoders.layers import ACTIVATIONS, Activation, initialise
+from encoders.precision import full_precision
 from encoders.types import Batch, Regions
 from objectives.base import Draw, Fuse, LossOutput, ModelSpec, Objective, RegionMask, Results, Side
 from objectives.pairs import matched
@@ -274,11 +275,21 @@ def region_terms(kind: RegionLoss, outputs: Tensor, target: Tensor, candidates: 
     if kind == "class":
         return F.cross_entropy(outputs, target, reduction="none")
     assert candidates is not None
-    true = (outputs * target).sum(-1)
-    # Equal features (padding, a region twice) are no false candidates.
-    same = (target[:, None] == candidates[None]).all(-1)
-    false = (outputs @ candidates.t()).masked_fill(same, -torch.inf)
-    return torch.cat([true[:, None], false], 1).logsumexp(1) - true
+    with full_precision(outputs):  # half precision would round scores of some hundreds, but not the true one's
+        true = (outputs * target).sum(-1)
+        false = (outputs @ candidates.to(outputs.dtype).t()).masked_fill(_equal(target, candidates), -torch.inf)
+        return torch.cat([true[:, None], false], 1).logsumexp(1) - true
+
+
+def _equal(target: Tensor, candidates: Tensor, at_once: int = 64) -> Tensor:
+    """Which of the candidates [N, O] are a region's own features [K, O], [K, N] bool: padding, or a region twice.
+
+    They are no false ones. Some values at a time: all of them, for each pair, would not fit into memory.
+    """
+    same = torch.ones(len(target), len(candidates), dtype=torch.bool, device=target.device)
+    for own, theirs in zip(target.split(at_once, 1), candidates.split(at_once, 1), strict=True):
+        same &= (own[:, None] == theirs[None]).all(-1)
+    return same
 
 
 def _regions(batch: Batch) -> Regions:
