@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from objectives.collectives import rank, world_size
+from objectives.collectives import rank, sum_no_grad, world_size
 from vlp.checkpoint.native import AVERAGE, CONFIG, find_checkpoint, save_checkpoint, weights_of
 from vlp.config import Config, to_yaml
 from vlp.train.lora import apart, merged
@@ -109,8 +109,10 @@ class TrainState:
         """Take up the state of a checkpoint.
 
         Raises:
-            ValueError: only one of the two runs has a moving average, or low-rank differences.
+            ValueError: only one of the two runs has a moving average, or low-rank differences; or ranks have found
+                different checkpoints.
         """
+        check_same(state["seen"], self.folder)
         if ("lora" in state) != (self.parts.run.train.lora is not None):
             raise ValueError("train.lora differs from the run that is resumed; keep its setting")
         self.parts.model.load_state_dict(state.get("lora", {}), strict=False)
@@ -125,6 +127,21 @@ class TrainState:
         path = self.folder / f"nonfinite_rank{rank()}.pt"
         torch.save([batch.to("cpu") for batch in error.batches], path)
         return path
+
+
+def check_same(seen: int, folder: Path) -> None:
+    """Refuse ranks that found different checkpoints, as on folders that are not shared, or are seen late.
+
+    They would read different samples, and the last would wait for steps that the others have behind them.
+
+    Raises:
+        ValueError: other ranks go on from elsewhere.
+    """
+    if int(sum_no_grad(torch.tensor(seen)).item()) != seen * world_size():
+        raise ValueError(
+            f"--resume {folder}: rank {rank()} found a checkpoint of {seen:,} samples, and another rank another one; "
+            "let all ranks see the same folder"
+        )
 
 
 def write_config(folder: Path, run: Config) -> None:
