@@ -120,10 +120,10 @@ class Found:
 
 
 def choose_weight(found: Found, grid: Sequence[float], asking: Collection[str] | None = None) -> float:
-    """Return the weight of the ITC logit by the mean reciprocal rank of both directions' queries.
+    """Return the weight of the ITC logit by the mean reciprocal ranks of both directions.
 
-    Of the weights that are within one standard error of the best, paired by query, it is the largest, the nearest to ITC
-    alone: a small validation set does not tell them apart, and ITM has to show what it adds (the rule of one standard
+    Of the weights that are within one standard error of the best, paired by query, it is the largest, the nearest to
+    ITC alone: few validation queries do not tell them apart, and ITM has to show what it adds (the rule of one standard
     error, Breiman et al. 1984). Recall is too coarse for this.
 
     Args:
@@ -142,12 +142,13 @@ def choose_weight(found: Found, grid: Sequence[float], asking: Collection[str] |
             "include them"
         )
     sides = (found.i2t, images), (found.t2i, images[gallery.image_of_text])
-    scores = {weight: torch.cat([1 / one.ranked(weight)[2][mine].double() for one, mine in sides]) for weight in grid}
-    best = max(scores.values(), key=torch.mean)
+    scores = {weight: [1 / one.ranked(weight)[2][mine].double() for one, mine in sides] for weight in grid}
+    best = max(scores.values(), key=lambda both: sum(one.mean() for one in both))
 
     def level(weight: float) -> bool:
-        worse = best - scores[weight]
-        return bool(worse.mean() <= worse.std(correction=0) / len(worse) ** 0.5)
+        worse = [most - one for most, one in zip(best, scores[weight], strict=True)]
+        error = torch.stack([one.var(correction=0) / len(one) for one in worse]).sum().sqrt()
+        return bool(torch.stack([one.mean() for one in worse]).sum() <= error)
 
     return max(filter(level, grid))
 

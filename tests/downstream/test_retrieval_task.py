@@ -238,7 +238,18 @@ def test_choose_weight_by_reciprocal_rank():
     one = Candidates(torch.tensor([[0, 1, 2]]), itc, itm, torch.tensor([2]), torch.tensor([[True, False, False]]))
     found = Found(make_gallery(1, [1]), one, one, {})
     assert [one.ranked(w)[2].item() for w in (0.0, 0.6, 0.8, 5.0)] == [2, 1, 1, 2]
-    assert choose_weight(found, (0.0, 0.6, 0.8, 5.0)) == 0.6
+    assert choose_weight(found, (0.0, 0.6, 0.8, 5.0)) == 0.8  # of equals the nearer to ITC
+
+
+@pytest.mark.parametrize(("better", "chosen"), [(5, 5.0), (40, 0.0)])
+def test_what_few_queries_cannot_tell_apart_leaves_itc_its_weight(better, chosen):
+    """Of 200 queries ITM alone loses four to ITC and wins some: five are within a standard error."""
+    itm, itc = torch.tensor([1.0, 0.0]).repeat(200, 1), torch.tensor([1.0, 0.0]).repeat(200, 1)
+    itc[:better] = itm[-4:] = torch.tensor([0.0, 1.0])
+    true = torch.tensor([[True, False]]).expand(200, 2)
+    one = Candidates(torch.tensor([[0, 1]]).expand(200, 2), itc, itm, torch.ones(200, dtype=torch.int64), true)
+    found = Found(make_gallery(200, [1] * 200), one, one, {})
+    assert choose_weight(found, (0.0, 5.0)) == chosen
 
 
 def test_weight_is_chosen_by_those_that_ask_among_others():
