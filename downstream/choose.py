@@ -188,8 +188,9 @@ def kept_bytes(parts: Parts, batch: Any) -> int:
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device; for the CPU those of the machine, or of its share of a container."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cuda":  # what torch holds in reserve, since an evaluation say, it can use again
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
     found = [_meminfo(), _container()]
     known = [one for one in found if one is not None]
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

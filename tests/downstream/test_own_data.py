@@ -14,7 +14,7 @@ from standins import GOLDENS
 
 import vlp
 from downstream.captioning import CaptioningConfig
-from downstream.choose import ALL, Measured, choose, given, measure
+from downstream.choose import ALL, Measured, choose, free_memory, given, measure
 from downstream.columns import guess_columns, named_split
 from downstream.evaluate import EvaluateConfig
 from downstream.finetune_config import FinetuneConfig
@@ -338,3 +338,9 @@ def test_the_best_is_kept_and_patience_ends_the_run(monkeypatch):
     again = Selection(task, parts, None, every=1, patience=3)
     again.load_state_dict(select.state_dict())
     assert again.exhausted and again.first_best == 1
+
+
+def test_memory_that_torch_holds_in_reserve_is_free(monkeypatch):
+    for name, value in {"mem_get_info": (5_000, 80_000), "memory_reserved": 30_000, "memory_allocated": 10_000}.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda device, value=value: value)
+    assert free_memory(torch.device("cuda", 0)) == 25_000
