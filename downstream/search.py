@@ -124,7 +124,7 @@ def choose_weight(found: Found, grid: Sequence[float], asking: Collection[str] |
 
     Of the weights that are within one standard error of the best, paired by query, it is the largest, the nearest to
     ITC alone: few validation queries do not tell them apart, and ITM has to show what it adds (the rule of one standard
-    error, Breiman et al. 1984). Recall is too coarse for this.
+    error, Breiman et al. 1984; the directions taken as independent). Recall is too coarse for this.
 
     Args:
         found: both directions over a gallery for which the answers are known.

@@ -247,13 +247,14 @@ def list_terms(odds: Tensor, found: Tensor, number: int) -> Tensor:
         [2, T]: by text, by image.
     """
     lists = 2 * number + 1
-    true, false = odds.float().unflatten(0, (lists, -1)).split([1, 2 * number])
+    true, false = odds.unflatten(0, (lists, -1)).split([1, 2 * number])
     false = false.masked_fill(~found.unflatten(0, (2 * number, -1)), -torch.inf)
     return torch.stack([torch.cat([true, one]).logsumexp(0) - true[0] for one in false.split(number)])
 
 
 def _odds(logits: Tensor) -> Tensor:
-    """Logits [M, 2 or 3] -> log odds [M] of class 1."""
+    """Logits [M, 2 or 3] -> log odds [M] of class 1, float32: differences of bf16 would be in steps of 1/32."""
+    logits = logits.float()
     return logits[:, 1] - logits[:, [one for one in range(logits.shape[1]) if one != 1]].logsumexp(1)
 
 

@@ -85,7 +85,7 @@ def settle(run: R) -> R:
 
 
 def captions(reader: Reader, data: DataConfig) -> Iterator[str]:
-    """Yield the data's texts without reading an image; samples that cannot be read are left to the loader to count."""
+    """Yield the data's texts, reading no image files; samples that cannot be read are left to the loader to count."""
     for index in range(len(reader)):
         try:
             raw = read_words(reader, index)

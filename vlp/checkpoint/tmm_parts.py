@@ -79,7 +79,7 @@ def heads_of(config: Mapping[str, Any], names: tuple[str, ...], width: int) -> t
     """Return the heads of a stack of this width, and whether ``config`` states them.
 
     They stand in a part of it called by one of ``names``, or at its top; else in the part that states the same width,
-    whatever it is called; else anywhere, for all stacks.
+    whatever it is called; else in whatever part does not state another, where only one number found divides it.
     """
     parts = (*sections_of(config, names), config)
     stated = [config.get(f"{name}_heads") for name in names] + [part.get(one) for part in parts for one in _HEADS]
@@ -87,8 +87,20 @@ def heads_of(config: Mapping[str, Any], names: tuple[str, ...], width: int) -> t
     if heads is None:
         inner = [part for part in config.values() if isinstance(part, Mapping)]
         same = [part for part in inner if width in (part.get("width"), part.get("hidden_size"))]
-        heads = next((found for part in (*same, config) if (found := argument(part, *_HEADS))), None)
+        heads = next((found for part in same if (found := argument(part, *_HEADS))), None)
+    if heads is None:
+        fitting = [one for one in _anywhere(config, width) if width % one == 0]
+        heads = fitting[0] if len(fitting) == 1 else None
     return (max(1, width // HEAD_WIDTH), False) if heads is None else (int(heads), True)
+
+
+def _anywhere(config: Mapping[str, Any], width: int) -> set[int]:
+    """The different numbers of heads in ``config``, but for parts that state another width."""
+    found = {int(config[one]) for one in _HEADS if config.get(one)}
+    for part in config.values():
+        if isinstance(part, Mapping) and {part.get("width"), part.get("hidden_size")} <= {None, width}:
+            found |= _anywhere(part, width)
+    return found
 
 
 def stack(shapes: Shapes, theirs: str, config: Mapping[str, Any], heads: tuple[str, ...]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,17 @@ class EasyVqaReader:
         Raises:
             BadSample: if the image cannot be read.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number, row = self._rows[index]
-        path = Path(self._paths[row["image_id"]])
+        raw = self.words(index)
+        path = Path(self._paths[raw.fields["image_id"]])
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise BadSample(str(number), f"cannot read image {path.name}: {error}") from error
-        return RawSample(str(number), self.name, {"png": content}, dict(row), (row["question"],))
+            raise BadSample(raw.key, f"cannot read image {path.name}: {error}") from error
+        return replace(raw, files={"png": content})
+
+    def words(self, index: int) -> RawSample:
+        """Read question ``index`` without its image."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number, row = self._rows[index]
+        return RawSample(str(number), self.name, {}, dict(row), (row["question"],))

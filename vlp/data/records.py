@@ -128,7 +128,7 @@ class ReadsWords(Protocol):
 
 
 def read_words(reader: Reader, index: int) -> RawSample:
-    """Read a sample for its texts and fields; of a reader that is ``ReadsWords`` no image is read.
+    """Read a sample for its texts and fields; of a reader that is ``ReadsWords`` no image file is read.
 
     Raises:
         BadSample: If it cannot be read.

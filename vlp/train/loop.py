@@ -229,6 +229,8 @@ def compile_parts(model: nn.Module) -> None:
     inner = getattr(parts["fusion"], "before_norm", False) or getattr(parts["fusion"], "reads_layers", 0) > 0
     for name, part in parts.items():
         if isinstance(part, PatchEncoder) and (inner or part.takes_hooks):
-            logger.info("train.compile leaves model.%s as it is: its patches are masked, or its layers are read", name)
+            logger.info(
+                "train.compile leaves model.%s as it is: its patches are masked, its layers or regions read", name
+            )
         elif isinstance(part, nn.Module):
             part.compile()

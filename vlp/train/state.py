@@ -112,7 +112,6 @@ class TrainState:
             ValueError: only one of the two runs has a moving average, or low-rank differences; or ranks have found
                 different checkpoints.
         """
-        check_same(state["seen"], self.folder)
         if ("lora" in state) != (self.parts.run.train.lora is not None):
             raise ValueError("train.lora differs from the run that is resumed; keep its setting")
         self.parts.model.load_state_dict(state.get("lora", {}), strict=False)

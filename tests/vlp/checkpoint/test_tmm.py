@@ -244,6 +244,7 @@ def test_what_a_file_does_not_say_is_said(tmp_path: Path) -> None:
         {"vision_heads": 4, "text": {"width": 24, "heads": 2}},
         {"vit": {"width": 32, "num_heads": 4}, "words": {"hidden_size": 24, "num_attention_heads": 2}},
         {"built of": {"vit": {"heads": 4}}, "words": {"width": 24, "heads": 2}},
+        {"words": {"width": 24, "heads": 2}, "built of": {"vit": {"heads": 4}}},
     ],
 )
 def test_heads_are_found_in_the_arguments_of_either_builder(config: dict[str, Any]) -> None:
@@ -251,3 +252,4 @@ def test_heads_are_found_in_the_arguments_of_either_builder(config: dict[str, An
     assert heads_of(config, ("vision",), 32) == (4, True)
     assert heads_of(config, ("text",), 24) == (2, True)
     assert heads_of({}, ("vision",), 128) == (2, False)
+    assert heads_of({"text_encoder_args": {"num_attention_heads": 12}}, ("vision",), 1024) == (16, False)
