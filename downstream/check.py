@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 
 from downstream.answers import ANSWER_FIELDS, read_truth
 from downstream.columns import named_split, open_table
-from downstream.task import ARRAYS
 from objectives.answer import Answer
 from vlp.data.columns import ANSWER_COLUMNS, QUESTION_COLUMNS, TEXT_COLUMNS, first_known
 from vlp.data.group import without_images
 from vlp.data.loader import DataConfig
 from vlp.data.reader import BadSample, Reader, Sample, decode_sample, open_reader
-from vlp.data.records import IMAGE_EXTENSIONS, place_of, tolerated
+from vlp.data.records import ARRAY_EXTENSIONS, IMAGE_EXTENSIONS, place_of, tolerated
 from vlp.data.regions import RegionLayout, read_all_regions
 from vlp.data.split import image_hashes
 from vlp.loaded import Loaded
@@ -150,7 +149,7 @@ def check(
             raw = reader[index]
             shown = raw if images else without_images(raw)
             endings = {name.rsplit(".", 1)[-1] for name in raw.files}
-            regions = not endings.isdisjoint(ARRAYS) and (not images or endings.isdisjoint(IMAGE_EXTENSIONS))
+            regions = not endings.isdisjoint(ARRAY_EXTENSIONS) and (not images or endings.isdisjoint(IMAGE_EXTENSIONS))
             need = images and not regions  # these stand for the image
             sample = decode_sample(shown, image=data.image, text=data.text, need_image=need, need_text=False)
             if regions:

@@ -34,7 +34,7 @@ from vlp.pretrain import refuse_changes, restore_weights, say_changes, with_hash
 from vlp.recipes import lift
 from vlp.run import Parts, assemble
 from vlp.train.loop import Outcome, train
-from vlp.train.state import check_same, read_state
+from vlp.train.state import read_state
 from vlp.train.step import Rewrite
 
 __all__ = [
@@ -144,7 +144,6 @@ def resume(
         NonFiniteError: training diverged.
     """
     checkpoint, state = read_state(found or folder)
-    check_same(state["seen"], folder)
     run, seen = resumed_config(checkpoint, flags), int(state["seen"])
     source = str(checkpoint / CONFIG)
     old = build(FinetuneConfig, Layer(lift(read_config(checkpoint), source, migrate), source))

@@ -28,7 +28,7 @@ from vlp.data.group import without_images
 from vlp.data.loader import DataConfig
 from vlp.data.order import rank_slice
 from vlp.data.reader import BadSample, Reader, Sample, decode_sample
-from vlp.data.records import place_of
+from vlp.data.records import ARRAY_EXTENSIONS, place_of
 from vlp.data.regions import RegionArrays
 from vlp.data.table import IMAGE_COLUMNS
 from vlp.data.transforms import EvalTransform, pad_images
@@ -37,9 +37,6 @@ from vlp.model import Model
 if TYPE_CHECKING:
     from vlp.run import Parts, RunConfig
     from vlp.train.step import Rewrite
-
-ARRAYS = ("npz", "npy")
-"""Endings of members with arrays of an image's regions."""
 
 R = TypeVar("R", bound="RunConfig")
 T = TypeVar("T")
@@ -205,7 +202,9 @@ def read_samples(
         try:
             raw = reader[index]
             read = raw if images else without_images(raw)
-            regions = any(name.rsplit(".", 1)[-1] in ARRAYS for name in raw.files)  # which stand for the image
+            regions = any(
+                name.rsplit(".", 1)[-1] in ARRAY_EXTENSIONS for name in raw.files
+            )  # which stand for the image
             sample = decode_sample(
                 read,
                 image=data.image if images else None,

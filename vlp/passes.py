@@ -143,8 +143,7 @@ class Step:
                 ids = torch.cat([torch.full_like(read.ids[:, :1], first), read.ids[:, 1:]], 1)
                 read = replace(read, ids=ids)
             fusion = self.model.fusion
-            inner = getattr(fusion, "before_norm", False) or getattr(fusion, "reads_layers", 0) > 0
-            self._read[key] = encoder(read, layers=self.layers or inner)
+            self._read[key] = encoder(read, layers=self.layers or reads_inner(fusion))
         return self._read[key]
 
     def _read_regions(self, view: str) -> None:
@@ -320,6 +319,11 @@ class _RowIndex:
     def dim(self) -> int:
         """Images per row: 1, or I for an index [M, I]."""
         return 1 if self.image is None or self.image.dim() == 1 else self.image.shape[1]
+
+
+def reads_inner(fusion: object) -> bool:
+    """Whether a fusion reads what encoders give before their final norm, or the states of several of their layers."""
+    return getattr(fusion, "before_norm", False) or getattr(fusion, "reads_layers", 0) > 0
 
 
 def memory_of(source: Tokens | Fused, side: str) -> Tokens:

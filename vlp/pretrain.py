@@ -23,7 +23,7 @@ from vlp.model import Model
 from vlp.recipes import lift
 from vlp.run import Parts, RunConfig, assemble
 from vlp.train.loop import Outcome, train
-from vlp.train.state import check_same, read_state
+from vlp.train.state import read_state
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,6 @@ def resume(
     if is_checkpoint(folder):
         raise ValueError(f"--resume {folder}: is one checkpoint; give the run's folder, or begin a new run with --init")
     checkpoint, state = read_state(found or folder)
-    check_same(state["seen"], folder)
     run = resumed_config(checkpoint, flags)
     seen: int = state["seen"]
     say_changes(stored_config(checkpoint), run)

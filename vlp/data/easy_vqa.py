@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vlp.data.records import BadSample, RawSample, digest, matches, nothing_left
 
 SCHEME = "easy-vqa:"
@@ -48,7 +46,7 @@ class EasyVqaReader:
     @property
     def fingerprint(self) -> str:
         """Hash of the rows."""
-        return digest(np.frombuffer(repr(self._rows).encode(), dtype=np.uint8))
+        return digest(repr(self._rows))
 
     def paths(self) -> Iterator[str]:
         """Yield the files of the images."""

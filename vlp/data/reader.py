@@ -165,7 +165,7 @@ class ConcatReader:
     @property
     def fingerprint(self) -> str:
         """Hash of the readers' own."""
-        return digest(np.frombuffer("".join(reader.fingerprint for reader in self._readers).encode(), dtype=np.uint8))
+        return digest("".join(reader.fingerprint for reader in self._readers))
 
     def paths(self) -> Iterator[str]:
         """Yield the readers' own files."""

@@ -18,6 +18,9 @@ import numpy.typing as npt
 IMAGE_EXTENSIONS = frozenset(["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "img"])
 """Last part of a member or file name that says it is an image; ``img`` stands for "sniff it"."""
 
+ARRAY_EXTENSIONS = frozenset(["npz", "npy"])
+"""Last part of a member name that says it holds arrays, such as regions."""
+
 TEXT_FIELDS = (
     "caption",
     "captions",
@@ -217,9 +220,9 @@ def nothing_left(source: str, where: Mapping[str, Any], known: Iterable[str]) ->
     )
 
 
-def digest(*arrays: npt.NDArray[Any]) -> str:
-    """Short hash of the content of arrays."""
+def digest(*parts: npt.NDArray[Any] | str) -> str:
+    """Short hash of the content of arrays and texts."""
     state = hashlib.sha256()
-    for array in arrays:
-        state.update(np.ascontiguousarray(array).data)
+    for part in parts:
+        state.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part).data)
     return state.hexdigest()[:16]

@@ -13,7 +13,6 @@ from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from vlp.data.benchmark import Split, emoji_path
@@ -53,7 +52,7 @@ class ScenesReader:
     @property
     def fingerprint(self) -> str:
         """Hash of the rows."""
-        return digest(np.frombuffer(repr(self._rows).encode(), dtype=np.uint8))
+        return digest(repr(self._rows))
 
     def paths(self) -> Iterator[str]:
         """Yield the shards of the emoji."""

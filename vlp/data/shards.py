@@ -20,12 +20,22 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from vlp.data.records import IMAGE_EXTENSIONS, BadSample, Blobs, Key, RawSample, digest, matches, nothing_left
+from vlp.data.records import (
+    ARRAY_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    BadSample,
+    Blobs,
+    Key,
+    RawSample,
+    digest,
+    matches,
+    nothing_left,
+)
 from vlp.data.tar_index import ShardIndex, default_index_cache, expand_shards, is_local, load_index
 
 log = logging.getLogger(__name__)
 
-_NO_WORDS = IMAGE_EXTENSIONS | {"npz", "npy"}
+_NO_WORDS = IMAGE_EXTENSIONS | ARRAY_EXTENSIONS
 
 
 class _OpenFile:

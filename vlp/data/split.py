@@ -44,7 +44,7 @@ class SubsetReader:
     @property
     def fingerprint(self) -> str:
         """Hash of the data and of which samples of them these are."""
-        return digest(np.frombuffer(self._reader.fingerprint.encode(), dtype=np.uint8), self.indices)
+        return digest(self._reader.fingerprint, self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -84,7 +84,7 @@ class Split:
     @property
     def hash(self) -> str:
         """By which the split is known again: which samples, of which images."""
-        return digest(self.train, self.val, np.frombuffer(self.contents.encode(), dtype=np.uint8))
+        return digest(self.train, self.val, self.contents)
 
     def of(self, reader: Reader, half: Half) -> SubsetReader:
         """Return a half of the data."""

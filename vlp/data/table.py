@@ -99,7 +99,7 @@ class _ArrowRows:
         return self._table.slice(index, 1).to_pylist()[0]
 
     def fingerprint(self) -> str:
-        return digest(self._stamp, np.frombuffer(str(self._table.schema).encode(), dtype=np.uint8))
+        return digest(self._stamp, str(self._table.schema))
 
     def place(self, index: int) -> str:
         return _row(index)
@@ -242,7 +242,7 @@ class TableReader:
     def fingerprint(self) -> str:
         """Hash of the rows (of size and schema for parquet) and of which are kept."""
         kept = self._kept if self._kept is not None else np.zeros(0, dtype=np.int64)
-        return digest(np.frombuffer(self._rows.fingerprint().encode(), dtype=np.uint8), kept)
+        return digest(self._rows.fingerprint(), kept)
 
     def __len__(self) -> int:
         return len(self._rows) if self._kept is None else len(self._kept)

@@ -19,6 +19,7 @@ from objectives.collectives import rank, world_size
 from vlp.data.fetch import Prepare, pair_example
 from vlp.data.loader import Loader
 from vlp.fit import untrained
+from vlp.passes import reads_inner
 from vlp.train.config import TrainConfig
 from vlp.train.evaluation import Evaluation, Verdict, evaluated
 from vlp.train.health import Watch, chance_levels
@@ -226,7 +227,7 @@ def compile_parts(model: nn.Module) -> None:
     Its masked patches would be shown, and the states of its inner layers be those of the last.
     """
     parts = {name: getattr(model, name) for name in ("vision", "text", "fusion")}
-    inner = getattr(parts["fusion"], "before_norm", False) or getattr(parts["fusion"], "reads_layers", 0) > 0
+    inner = reads_inner(parts["fusion"])
     for name, part in parts.items():
         if isinstance(part, PatchEncoder) and (inner or part.takes_hooks):
             logger.info(

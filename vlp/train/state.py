@@ -109,8 +109,7 @@ class TrainState:
         """Take up the state of a checkpoint.
 
         Raises:
-            ValueError: only one of the two runs has a moving average, or low-rank differences; or ranks have found
-                different checkpoints.
+            ValueError: only one of the two runs has a moving average, or low-rank differences.
         """
         if ("lora" in state) != (self.parts.run.train.lora is not None):
             raise ValueError("train.lora differs from the run that is resumed; keep its setting")
@@ -150,13 +149,15 @@ def write_config(folder: Path, run: Config) -> None:
 
 
 def read_state(run: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the newest whole checkpoint of a run folder and its training state.
+    """Return the newest whole checkpoint of a run folder and its training state; all ranks must call it.
 
     Raises:
-        ValueError: there is none, or it holds no training state.
+        ValueError: there is none, it holds no training state, or other ranks found another one.
     """
     checkpoint = find_checkpoint(run, newest=True)
     path = checkpoint / STATE_FILE
     if not path.is_file():
         raise ValueError(f"--resume {run}: {checkpoint.name} holds no training state; use it with --init instead")
-    return checkpoint, torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    check_same(state["seen"], run)
+    return checkpoint, state
